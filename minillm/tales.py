@@ -555,14 +555,14 @@ def say_visit(w: World, c: Chooser) -> None:
     c.fact(f"Where did {h.name} meet {f.name}?", w.place, (), PLACES)
     c.fact(f"What is {f.name}'s trade?", trade, (), TRADES)
 
-# %% ../nbs/tales.ipynb #3f447aa7
+# %% ../nbs/tales.ipynb #04b19060
 def say_weather(w: World, c: Chooser) -> None:
     """Say the weather and the town, and remember both."""
     w.weather = c.tell(
         "The sun shone on ", "It had rained all week on ",
         "The wind was up in ", "Fog had swallowed ", "Snow lay on ",
         "Not one cloud hung above ", "Rain drummed on the roofs of ",
-        "A rude wind rattled the doors of ", "Nobody could find ",
+        "A rude wind rattled the doors of ", "Thick fog sat on ",
         "It was snowing in ") % 5
     w.town = c.word(TOWNS)
     if w.weather == SUN:
@@ -578,10 +578,9 @@ def say_weather(w: World, c: Chooser) -> None:
                ", and the washing had left town.",
                ", where every gate was clapping.")
     elif w.weather == FOG:
-        c.tell(" in the fog.",
-               " that day, for the fog was as thick as porridge.",
-               " in the fog, and people shook hands with lamp posts.",
-               " in such a fog, and even the gulls were walking.")
+        c.tell(".", " and tasted faintly of porridge.",
+               ", and people shook hands with lamp posts.",
+               ", and even the gulls were walking.")
     else:
         c.tell(".", ", and the postman wore two hats.",
                ", and the whole street whispered.",
@@ -986,7 +985,7 @@ def trade_second(w: World, c: Chooser) -> Scene:
            (w.thing, w.extra), THINGS)
     return finish
 
-# %% ../nbs/tales.ipynb #c6795f56
+# %% ../nbs/tales.ipynb #45a9146e
 def storm(w: World, c: Chooser) -> Scene:
     """A storm carries three things off."""
     h = w.hero
@@ -1025,7 +1024,7 @@ def storm_after(w: World, c: Chooser) -> Scene:
     c.word(PLURALS, w.plurals)
     c.tell(f". {f.name} found the {w.thing} at the ",
            f". The {w.thing} turned up at the ",
-           f". {f.name} fished the {w.thing} out of the ")
+           f". {f.name} traced the {w.thing} to the ")
     place = c.word(PLACES, w.place)
     c.say(".\n\n")
     c.fact(f"Where was the {w.other} after the storm?", w.spot, (), SPOTS)

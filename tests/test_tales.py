@@ -14,7 +14,7 @@ import pytest
 from minillm import tales as m
 
 ROOT = Path(__file__).resolve().parent.parent
-FIRST_1000 = "352dbd50cb02d74598da7b101b2acfca954c7757b730baf4ad808c8240b00739"
+FIRST_1000 = "c0d8b78b80155b4aaed15f53f8dfe0271b1156ed6e04d4bf870c605152f9cbc4"
 
 
 @pytest.fixture(scope="module")
