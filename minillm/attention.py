@@ -215,13 +215,13 @@ class MultiHeadAttention(nn.Module):
         mask = mask_for_heads(mask, query.shape[1], key.shape[1])
         return attention_weights(q, k, mask)
 
-# %% ../nbs/attention.ipynb #77aa658f
+# %% ../nbs/attention.ipynb #2d728f93
 class CausalSelfAttention(nn.Module):
     """Attend from each position to itself and the past, on torch's engine.
 
-    Equal to `MultiHeadAttention` under `causal_mask`, without ever storing
-    the (T, S) weights: `scaled_dot_product_attention` computes them in
-    tiles. Vaswani et al., 2017; Dao et al., 2022, arXiv:2205.14135.
+    Equal to `MultiHeadAttention` under `causal_mask`. The engine computes the
+    (T, S) weights in tiles and does not store them, except on a CPU with
+    dropout. Vaswani et al., 2017; Dao et al., 2022, arXiv:2205.14135.
     """
 
     def __init__(

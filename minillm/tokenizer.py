@@ -138,7 +138,7 @@ def split_chunks(
     """Cut text into the chunks within which merges may happen."""
     return [match.group() for match in pattern.finditer(text)]
 
-# %% ../nbs/tokenization.ipynb #495975f8
+# %% ../nbs/tokenization.ipynb #dcb9b63c
 def special_names(
     special_tokens: Iterable[str],  # names
 ) -> list[str]:  # the names, checked
@@ -160,7 +160,7 @@ def split_specials(
     text: str,  # any text
     names: Iterable[str],  # the special tokens to look for
 ) -> list[str]:  # ordinary text at even places, special tokens at odd ones
-    """Cut text at special tokens; where two overlap, the longest wins.
+    """Cut text at special tokens, the longest where several begin at once.
 
     Example: `split_specials("a<|x|>b", ["<|x|>"])` is `["a", "<|x|>", "b"]`.
     """
