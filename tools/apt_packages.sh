@@ -13,4 +13,5 @@ apt-get install -y -qq --no-install-recommends \
   texlive-luatex texlive-xetex texlive-latex-extra \
   texlive-latex-recommended texlive-fonts-recommended \
   texlive-plain-generic latexmk lmodern tex-gyre xindy fonts-dejavu \
-  fonts-noto-cjk fonts-noto-core fonts-symbola poppler-utils $browser
+  fonts-texgyre fonts-texgyre-math fonts-noto-cjk fonts-noto-core \
+  fonts-symbola fontconfig poppler-utils make $browser

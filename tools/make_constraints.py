@@ -26,7 +26,9 @@ def main() -> int:
     subprocess.run(pip, check=True)
     resolved = subprocess.run(
         [
-            sys.executable, "-m", "uv", "pip", "compile", "--universal",
+            # uv would remember what setup.py said before settings.ini changed
+            sys.executable, "-m", "uv", "--no-cache",
+            "pip", "compile", "--universal",
             "--python-version", "3.10", "--no-header", "--no-annotate",
             "--extra", "dev", "--constraints", "-", "setup.py",
         ],  # fmt: skip

@@ -1,0 +1,61 @@
+"""Time every notebook, alone, with all cores; write nbs/results.
+
+    python tools/measure_notebooks.py
+
+Run it on an otherwise idle machine. The shared model is trained first.
+"""
+
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "tools"))
+from clean_notebooks import notebooks  # noqa: E402
+
+
+def processor() -> str:
+    """Name the processor as well as the system lets us."""
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def main() -> None:
+    import torch
+
+    from minillm.files import write_json
+    from minillm.train import tales_model
+
+    tales_model()
+    env = {**os.environ, "PYTHONPATH": str(ROOT / "tests" / "guard")}
+    nbdev_test = Path(sys.executable).parent / "nbdev_test"
+    out = ROOT / "nbs" / "results" / "notebook_times.json"
+    names = {}
+    for path in notebooks():
+        short = path.relative_to(ROOT / "nbs").with_suffix("").as_posix()
+        start = time.perf_counter()
+        subprocess.run(
+            [nbdev_test, "--path", path, "--n_workers", "1"],
+            cwd=ROOT, env=env, check=True, stdout=subprocess.DEVNULL,
+        )  # fmt: skip
+        names[short] = round(time.perf_counter() - start, 1)
+        print(f"{names[short]:6.1f} s  {short}", flush=True)
+    machine = (
+        f"{processor()}, {os.cpu_count()} cores used, "
+        f"Python {platform.python_version()}, torch {torch.__version__}"
+    )
+    write_json(out, {"machine": machine, "seconds": names})
+    print(json.dumps({"total": round(sum(names.values()))}))
+
+
+if __name__ == "__main__":
+    main()
