@@ -41,7 +41,7 @@ def check_sampling(
             f"repetition_penalty is {repetition_penalty}; use a number > 0 "
             "(1 is off, 1.2 is usual, below 1 rewards repetition)")
 
-# %% ../nbs/sampling.ipynb #72987e3e
+# %% ../nbs/sampling.ipynb #d43ac50e
 def greedy(
     logits: Tensor,  # (..., V)
 ) -> Tensor:         # (..., V), all but one entry -inf
@@ -64,9 +64,9 @@ def apply_temperature(
     overflowing: 0 stays 0, the rest goes to -inf.
     """
     check_sampling(temperature=temperature)
-    if temperature == 0:
-        return greedy(logits)
     shifted = logits - logits.amax(-1, keepdim=True)   # (..., V), <= 0
+    if temperature == 0:
+        return greedy(shifted)
     return torch.where(shifted == 0, shifted, shifted / temperature)
 
 # %% ../nbs/sampling.ipynb #49e290b3

@@ -279,20 +279,21 @@ def machine_name(
                 return line.split(":", 1)[1].strip()
     return platform.processor() or platform.machine()
 
-# %% ../nbs/scaling.ipynb #ff735c5a
+# %% ../nbs/scaling.ipynb #52ce7de5
 def measure_ceiling(
     device: str = "auto",  # "auto", "cpu", "cuda" or "mps"
     *,
-    size: int | None = None,  # edge of the matrices; None: 1024, GPU 8192
+    size: int | None = None,  # largest matrix edge; None: 1024, GPU 8192
     megabytes: int = 64,  # size of each of the three arrays that are streamed
     repeats: int = 8,  # timed calls; the fastest one counts
 ) -> Ceiling:  # FLOP/s by dtype, and bytes/s
     """Measure what the machine can do at best: products and memory traffic.
 
-    Multiplies two square matrices in float32, bfloat16 (left out where the
-    device refuses it) and, on CUDA, float16; then streams c = a + 2 b
-    through arrays larger than the caches (McCalpin's STREAM triad). The
-    fastest of several calls counts, since noise can only slow one down.
+    Multiplies square matrices (edges `size`, its half and its quarter) in
+    float32, bfloat16 (left out where the device refuses it) and, on CUDA,
+    float16; then streams c = a + 2 b through arrays larger than the caches
+    (McCalpin's STREAM triad). The fastest call counts, since noise can only
+    slow one down, and the smaller products are short enough to escape it.
     """
     device = str(pick_device(device))
     n = size or (1024 if device == "cpu" else 8192)
@@ -300,13 +301,16 @@ def measure_ceiling(
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         if dtype == torch.float16 and not device.startswith("cuda"):
             continue  # a CPU has no unit for it
+        rates = []
         try:
-            a, b = (torch.randn(n, n, device=device).to(dtype) for _ in "ab")
-            fastest = min(time_calls(lambda a=a, b=b: a @ b, repeats=repeats,
-                                     device=device))
+            for m in (n, n // 2, n // 4):
+                a, b = torch.randn(2, m, m, device=device).to(dtype)
+                seconds = time_calls(lambda a=a, b=b: a @ b, repeats=repeats,
+                                     device=device)
+                rates.append(2 * m**3 / min(seconds))
         except (RuntimeError, TypeError):  # no bfloat16 on this device
             continue
-        flops[str(dtype).removeprefix("torch.")] = 2 * n**3 / fastest
+        flops[str(dtype).removeprefix("torch.")] = max(rates)
     length = megabytes * 2**20 // 4
     a, b, c = (torch.ones(length, device=device) for _ in "abc")
     seconds = time_calls(lambda: torch.add(a, b, alpha=2.0, out=c),
