@@ -18,7 +18,7 @@ HEAD = """\
 # CUDA's own packages are left out: torch names the ones that belong to it.
 # Made by `make constraints`.
 """
-LEFT_OUT = re.compile(r"(cuda-|nvidia-|triton)|.*emscripten")
+LEFT_OUT = re.compile(r"(cuda-|nvidia-|triton)|.*== 'emscripten'")
 
 
 def main() -> int:
