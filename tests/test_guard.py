@@ -5,6 +5,7 @@ import os
 import socket
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 import pytest
@@ -58,7 +59,7 @@ def test_notebook_worker(root, tmp_path, source, code):
     )
     (tmp_path / "nbs").mkdir()
     (tmp_path / "nbs" / "leak.ipynb").write_text(json.dumps(nb))
-    nbdev_test = Path(sys.executable).parent / "nbdev_test"
+    nbdev_test = Path(sysconfig.get_path("scripts")) / "nbdev_test"
     done = subprocess.run(
         [nbdev_test, "--n_workers", "1"],
         cwd=tmp_path, env=guarded_env(root), capture_output=True, text=True,

@@ -9,6 +9,7 @@ import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 import pytest
@@ -22,7 +23,7 @@ NAMES = [p.relative_to(ROOT).as_posix() for p in NOTEBOOKS]
 MODULES = sorted(
     p.stem for p in (ROOT / "minillm").glob("*.py") if p.stem != "_modidx"
 )
-BIN = Path(sys.executable).parent
+BIN = Path(sysconfig.get_path("scripts"))
 PLACEHOLDER = "OWNER"
 
 

@@ -13,6 +13,7 @@ import os
 import shutil
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -35,7 +36,7 @@ process.exit(faults ? 1 : 0);
 
 def native() -> str | None:
     """Find the native binary, or install it; None if it cannot be had."""
-    beside = Path(sys.executable).parent / "actionlint"
+    beside = Path(sysconfig.get_path("scripts")) / "actionlint"
     ours = PLACE / "bin" / "actionlint"
     for found in (shutil.which("actionlint"), beside, ours):
         if found and Path(found).exists():

@@ -10,6 +10,7 @@ import os
 import platform
 import subprocess
 import sys
+import sysconfig
 import time
 from pathlib import Path
 
@@ -37,7 +38,7 @@ def main() -> None:
 
     tales_model()
     env = {**os.environ, "PYTHONPATH": str(ROOT / "tests" / "guard")}
-    nbdev_test = Path(sys.executable).parent / "nbdev_test"
+    nbdev_test = Path(sysconfig.get_path("scripts")) / "nbdev_test"
     out = ROOT / "nbs" / "results" / "notebook_times.json"
     names = {}
     for path in notebooks():

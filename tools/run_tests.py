@@ -14,11 +14,12 @@ machine. Ends with the first step that fails and with that step's exit code.
 import os
 import subprocess
 import sys
+import sysconfig
 import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-BIN = Path(sys.executable).parent
+BIN = Path(sysconfig.get_path("scripts"))
 WORKERS = "2"
 
 
