@@ -1,6 +1,7 @@
 """What every test shares: the socket guard and seeds that do not leak."""
 
 import random
+import signal
 import sys
 from pathlib import Path
 
@@ -41,6 +42,14 @@ def _fresh_seeds():
     torch.manual_seed(0)
     torch.set_default_dtype(torch.float32)
     yield
+
+
+@pytest.fixture(autouse=True)
+def _ctrl_c_works():
+    """A shell's background jobs start with Ctrl-C ignored; tests send it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture
