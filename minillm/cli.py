@@ -727,7 +727,7 @@ def check_number(
         raise ValueError(f"{option} is {value}; give {low} or more"
                          + (f", at most {high}" if value > high else ""))
 
-# %% ../nbs/cli.ipynb #f06443c8
+# %% ../nbs/cli.ipynb #16516462
 @dataclass
 class Eval:
     """Measure bits per byte on held-out text, beside simpler models.
@@ -745,6 +745,7 @@ class Eval:
         """Score the text and print the table."""
         from minillm.files import read_json
         from minillm.train import pick_device
+        from minillm.transformer import count_parameters
 
         check_number("--max-bytes", self.max_bytes, 1000)
         run = open_run(self.run_dir)
@@ -762,7 +763,7 @@ class Eval:
             docs = list(beginning(docs, self.max_bytes))
         model = run.model.to(pick_device(self.device))
         print(f"run    {self.run_dir}, step {run.step:,}, "
-              f"{sum(p.numel() for p in model.parameters()):,} parameters")
+              f"{count_parameters(model):,} parameters")
         print(comparison(model, run.tokenizer, docs, corpus.train, floor))
         return 0
 

@@ -1,8 +1,9 @@
 """What every test shares: the socket guard and seeds that do not leak."""
 
+import importlib.util
 import random
 import signal
-import sys
+import socket
 from pathlib import Path
 
 import numpy as np
@@ -11,17 +12,12 @@ import torch
 from hypothesis import HealthCheck, settings
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "tests" / "guard"))
-import socket  # noqa: E402
 
 if not hasattr(socket.socket, "_guard"):  # pytest started without the guard
-    import sitecustomize as _first  # noqa: E402
-
-    if not hasattr(_first, "NetworkBlocked"):  # another one came first
-        del sys.modules["sitecustomize"]
-        import sitecustomize  # noqa: E402, F401
-    elif not hasattr(socket.socket, "_guard"):
-        _first._install()
+    _spec = importlib.util.spec_from_file_location(
+        "guard", ROOT / "tests" / "guard" / "sitecustomize.py"
+    )
+    _spec.loader.exec_module(importlib.util.module_from_spec(_spec))
 
 # The same examples on every run; a failing one is printed to be replayed.
 settings.register_profile(

@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from stand_ins import END, Bytes
 from torch import nn
 
 from minillm.sample import (
@@ -21,20 +22,6 @@ from minillm.sample import (
     sample_tokens,
     stream_text,
 )
-
-END = 256
-
-
-class Bytes:
-    """A tokenizer whose tokens are bytes, plus END_OF_TEXT."""
-
-    end_of_text, vocab_size = END, 257
-
-    def encode(self, text):
-        return list(text.encode("utf-8"))
-
-    def decode_bytes(self, ids):
-        return bytes(i for i in ids if i != END)
 
 
 class Causal(nn.Module):
