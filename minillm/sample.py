@@ -4,18 +4,18 @@
 
 # %% auto #0
 __all__ = ['check_sampling', 'greedy', 'apply_temperature', 'apply_top_k', 'apply_top_p', 'apply_repetition_penalty',
-           'sample_tokens', 'next_tokens', 'generate', 'decode_stream', 'stream_text']
+           'sample_tokens', 'next_tokens', 'generate', 'stream_text']
 
-# %% ../nbs/sampling.ipynb #52d8ef5e
-import codecs
+# %% ../nbs/sampling.ipynb #91662eb7
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .evaluate import evaluating
+from .tokenizer import decode_pieces
 
 # %% ../nbs/sampling.ipynb #0eb9206e
 def check_sampling(
@@ -212,25 +212,7 @@ def generate(
             running = running & (new != stop_token)
     return tokens
 
-# %% ../nbs/sampling.ipynb #f6d6f074
-def decode_stream(
-    pieces: Iterable[bytes],  # UTF-8 text cut anywhere
-) -> Iterator[str]:
-    """Yield text as soon as its characters are complete.
-
-    The joined output equals the joined input decoded with errors="replace".
-    Example: list(decode_stream([b"a\\xc3", b"\\xa9"])) -> ["a", "\\xe9"]
-    """
-    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-    for piece in pieces:
-        text = decoder.decode(piece)
-        if text:
-            yield text
-    text = decoder.decode(b"", final=True)
-    if text:
-        yield text
-
-
+# %% ../nbs/sampling.ipynb #06d206d5
 def stream_text(
     model: nn.Module,    # has .cfg.context_length
     tokenizer: object,   # has .encode, .decode_bytes and .end_of_text
@@ -272,4 +254,4 @@ def stream_text(
             tokens = torch.cat([tokens, new[:, None]], dim=1)
             yield tokenizer.decode_bytes([int(new)])
 
-    return decode_stream(pieces())
+    return decode_pieces(pieces())

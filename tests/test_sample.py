@@ -15,13 +15,13 @@ from minillm.sample import (
     apply_top_k,
     apply_top_p,
     check_sampling,
-    decode_stream,
     generate,
     greedy,
     next_tokens,
     sample_tokens,
     stream_text,
 )
+from minillm.tokenizer import decode_pieces
 
 
 class Causal(nn.Module):
@@ -371,10 +371,10 @@ def test_no_split_breaks_a_character(text):
     data = text.encode("utf-8")
     for i in range(len(data) + 1):
         for j in range(i, len(data) + 1):
-            pieces = list(decode_stream([data[:i], data[i:j], data[j:]]))
+            pieces = list(decode_pieces([data[:i], data[i:j], data[j:]]))
             assert "".join(pieces) == text
             assert all(pieces) and "\ufffd" not in "".join(pieces)
-    assert list(decode_stream(bytes([b]) for b in data)) == list(text)
+    assert list(decode_pieces(bytes([b]) for b in data)) == list(text)
 
 
 @settings(max_examples=300)
@@ -382,7 +382,7 @@ def test_no_split_breaks_a_character(text):
 def test_stream_equals_decoding_at_once_on_any_bytes(data, cuts):
     cuts = [0, *sorted(min(c, len(data)) for c in cuts), len(data)]
     pieces = [data[a:b] for a, b in zip(cuts, cuts[1:])]
-    assert "".join(decode_stream(pieces)) == data.decode("utf-8", "replace")
+    assert "".join(decode_pieces(pieces)) == data.decode("utf-8", "replace")
 
 
 def test_characters_come_as_soon_as_they_are_complete():
@@ -393,7 +393,7 @@ def test_characters_come_as_soon_as_they_are_complete():
             fed.append(byte)
             yield bytes([byte])
 
-    sizes = [(piece, len(fed)) for piece in decode_stream(source())]
+    sizes = [(piece, len(fed)) for piece in decode_pieces(source())]
     assert sizes == [("é", 2), ("日", 5), ("!", 6)]
 
 
