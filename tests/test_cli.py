@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from minillm import cli
 from minillm.cli import main
@@ -119,7 +121,8 @@ def start(*words: object, **options) -> subprocess.Popen:
 def test_overview_lists_every_command(shell):
     out = shell.works()
     assert out == shell.works("--help")
-    for name in ("quickstart", "train", "sample", "eval", "bench", "info"):
+    for name in ("quickstart", "download", "prepare", "train", "sample",
+                 "eval", "bench", "info"):
         assert f"\n  {name} " in out
 
 
@@ -132,6 +135,8 @@ def test_version_is_the_package_version(shell):
 @pytest.mark.parametrize(
     "name, option",
     [("quickstart", "--minutes"), ("train", "--resume"),
+     ("download", "--max-bytes"), ("prepare", "--workers"),
+     ("train", "--text-field"),
      ("sample", "--repetition-penalty"), ("eval", "--max-bytes"),
      ("bench", "--preset"), ("info", "directory of a run")],
 )
@@ -156,8 +161,9 @@ def test_help_of_train_has_the_fields_of_both_configs(shell):
 def test_help_imports_nothing_heavy():
     code = (
         "import sys; from minillm.cli import main; main(['--help']);"
-        "main(['sample', '--help']);"
-        "heavy = {'torch', 'numpy', 'tiktoken', 'datasets', 'matplotlib'};"
+        "main(['sample', '--help']); main(['prepare', '--help']);"
+        "heavy = {'torch', 'pyarrow', 'numpy', 'tiktoken', 'datasets', "
+        "'matplotlib'};"
         "sys.exit(repr(heavy & set(sys.modules)) if heavy & set(sys.modules) "
         "else 0)"
     )
@@ -218,6 +224,19 @@ def test_settings_name_the_entry_point():
         ("train --data t", ("missing: --out",)),
         ("train --out o", ("missing: --data",)),
         ("train --data tales t --out o", ("either tales or files",)),
+        ("train --data python t --out o", ("either python or files",)),
+        ("train --data shakespear --out o",
+         ("known are tales, python", "did you mean 'shakespeare'")),
+        ("train --data t --max-bytes 5000 --out o", ("a shorter file",)),
+        ("train --data python --max-bytes 5 --out o",
+         ("--max-bytes is 5",)),
+        ("download", ("missing",)),
+        ("download tales", ("there already",)),
+        ("download tinystory", ("did you mean 'tinystories'",)),
+        ("prepare --out o", ("missing: --data",)),
+        ("prepare --data t", ("missing: --out",)),
+        ("prepare --data t --out o --workers 0", ("--workers is 0",)),
+        ("prepare --data none.txt --out o", ("none.txt",)),
     ],
 )
 def test_bad_words_cost_one_line(shell, words, says, tmp_path, monkeypatch):
@@ -261,9 +280,10 @@ def test_bad_text_costs_one_line(shell, tmp_path, content, says):
     assert not out.exists()
 
 
-def test_a_directory_is_no_text(shell, tmp_path):
-    shell.refuses("train", "--data", tmp_path, "--out", tmp_path / "run",
-                  says=("is a directory",))
+def test_an_empty_directory_has_no_text(shell, tmp_path):
+    (tmp_path / "texts").mkdir()
+    shell.refuses("train", "--data", tmp_path / "texts", "--out",
+                  tmp_path / "run", says=("has no text",))
 
 
 def test_bpe_needs_room_for_the_bytes(shell, text_file, tmp_path):
@@ -271,10 +291,16 @@ def test_bpe_needs_room_for_the_bytes(shell, text_file, tmp_path):
                   "--vocab-size", 100, says=("vocab_size=100", "257"))
 
 
-def test_byte_order_mark_is_dropped(tmp_path):
-    path = tmp_path / "bom.txt"
-    path.write_bytes(b"\xef\xbb\xbfabc\r\n")
-    assert cli.read_text(path) == "abc\r\n"
+def test_damaged_rows_cost_one_line(shell, tmp_path):
+    path = tmp_path / "a.jsonl"
+    for data, says in ((b"{oops", ("line 1 is not JSON",)),
+                       (b'{"body": "x"}', ("no field 'text'; there is body",)),
+                       (b'{"text": "\xff"}', ("byte 10 is 0xff",))):
+        path.write_bytes(data)
+        shell.refuses("train", "--data", path, "--out", tmp_path / "run",
+                      says=("a.jsonl", *says))
+    shell.refuses("train", "--data", path.with_suffix(".parquet"), "--out",
+                  tmp_path / "run", says=("no file",))
 
 
 # -- training
@@ -296,7 +322,7 @@ def test_train_leaves_a_complete_run(runs, text_file):
 
 
 def test_the_last_tenth_is_held_out(text_file):
-    corpus = cli.load_corpus({"files": [str(text_file)]})
+    corpus = cli.TrainingText.load(cli.data_source([str(text_file)]))
     assert corpus.train[0] + corpus.held_out[0] == TEXT
     assert len(corpus.held_out[0]) == pytest.approx(len(TEXT) / 10, abs=1)
     assert corpus.source == {"files": [str(text_file.resolve())]}
@@ -306,7 +332,7 @@ def test_several_files_keep_their_own_tails(tmp_path):
     paths = [tmp_path / "a", tmp_path / "b"]
     for path in paths:
         path.write_text(path.name * 20, encoding="utf-8")
-    corpus = cli.load_corpus({"files": paths})
+    corpus = cli.TrainingText.load({"files": paths})
     assert corpus.train == ["a" * 18, "b" * 18]
     assert corpus.held_out == ["aa", "bb"] and corpus.name == "a, b"
 
@@ -353,6 +379,319 @@ def test_next_free_counts_up(tmp_path):
     path.mkdir()
     (tmp_path / "quickstart-2").mkdir()
     assert cli.next_free(path) == tmp_path / "quickstart-3"
+
+
+# -- corpora by name, directories, rows
+
+
+@pytest.fixture
+def documents(tmp_path):
+    """Write two hundred short documents as JSON lines."""
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    with open(folder / "a.jsonl", "w", encoding="utf-8") as f:
+        for i in range(200):
+            f.write(json.dumps({"text": f"Zoë has {i} kites."}) + "\n")
+    return folder
+
+
+def test_documents_are_held_out_whole(documents):
+    from minillm.corpora import load_corpus
+
+    corpus = cli.TrainingText.load(cli.data_source([str(documents)]))
+    assert corpus.train == list(load_corpus(documents, split="train"))
+    assert corpus.held_out == list(load_corpus(documents, split="val"))
+    assert 10 < len(corpus.held_out) < 35 and corpus.name == "texts"
+    parts = cli.open_splits(corpus.source)
+    everything = sum(map(list, parts.values()), [])
+    assert len(set(everything)) == len(everything) == 200
+
+
+def test_train_on_a_directory_resumes_and_is_measured_on_the_test_split(
+        shell, documents, tmp_path):
+    from minillm.corpora import load_corpus
+
+    out = tmp_path / "run"
+    assert "texts: " in shell.works(
+        "train", "--data", documents, "--out", out, "--vocab-size", 270,
+        *TINY)
+    shell.works("train", "--out", out, "--resume", "--max-steps", 10)
+    test = list(load_corpus(documents, split="test"))
+    size = sum(len(doc.encode("utf-8")) for doc in test)
+    assert f"{size:,} bytes" in shell.works("eval", out)
+    again = shell.works("eval", out, "--data", documents / "a.jsonl")
+    size = sum(len(f"Zoë has {i} kites.".encode()) for i in range(200))
+    assert f"{size:,} bytes" in again
+
+
+def test_another_field_and_parquet(shell, tmp_path):
+    import pyarrow
+    import pyarrow.parquet
+
+    path = tmp_path / "a.parquet"
+    pyarrow.parquet.write_table(pyarrow.table(
+        {"body": [f"Zoë has {i} kites." for i in range(200)]}), path)
+    words = ["train", "--data", path, "--out", tmp_path / "run",
+             "--vocab-size", 270, *TINY]
+    shell.refuses(*words, says=("no field 'text'; there is body",))
+    shell.works(*words, "--text-field", "body")
+
+
+def test_train_on_the_standard_library(shell, tmp_path):
+    out = tmp_path / "run"
+    words = ["train", "--data", "python", "--max-bytes", 100_000, "--out",
+             out, "--vocab-size", 300, *TINY]
+    assert "python: " in shell.works(*words)
+    source = json.loads((out / "data.json").read_text("utf-8"))
+    assert source == {"corpus": "python", "max_bytes": 100_000}
+    assert "this model" in shell.works("eval", out, "--max-bytes", 5000)
+
+
+def test_hub_corpora_are_not_read_whole_unless_asked_for():
+    assert cli.data_source(["tinystories"])["max_bytes"] == 100_000_000
+    assert cli.data_source(["shakespeare"])["max_bytes"] is None
+
+
+def test_eval_reads_only_what_it_measures(shell, tiny_recipe, tmp_path,
+                                          monkeypatch):
+    from minillm import tales
+
+    out = tmp_path / "run"
+    shell.works("train", "--data", "tales", "--out", out, "--max-steps", 2)
+
+    def unused():
+        raise AssertionError("the floor of another text was computed")
+
+    monkeypatch.setattr(tales, "entropy_floor", unused)
+    source = json.loads((out / "data.json").read_text("utf-8"))
+    source["train_bytes"] = 10**12  # writing these would take days
+    (out / "data.json").write_text(json.dumps(source), encoding="utf-8")
+    assert "times the floor" in shell.works("eval", out)
+
+
+def test_one_recipe_has_one_tokenizer(monkeypatch):
+    from dataclasses import replace
+
+    from minillm import tales
+    from minillm.loading import tokenizer_hash
+    from minillm.train import quickstart_recipe
+
+    recipe = quickstart_recipe()
+    recipe = replace(
+        recipe, model=replace(recipe.model, vocab_size=300),
+        corpus_bytes=30_000, val_bytes=3000, tokenizer_bytes=10_000)
+    ours = cli.make_tokenizer(tales.corpus(30_000), "bpe", 300,
+                              n_bytes=10_000)
+    theirs = recipe.tokenizer_and_tokens()[0]
+    assert tokenizer_hash(ours) == tokenizer_hash(theirs)
+
+
+@pytest.mark.parametrize("content", ["[]", "{}", '{"x": 1}', "{"])
+def test_a_damaged_note_of_the_data(shell, run_dir, content):
+    (run_dir / "data.json").write_text(content, encoding="utf-8")
+    shell.refuses("eval", run_dir, says=("data.json",))
+
+
+@given(st.lists(st.text(max_size=9), max_size=9), st.integers(0, 40))
+def test_beginning_takes_so_many_bytes(docs, n):
+    got = list(cli.beginning(docs, n))
+    whole, text = "".join(docs), "".join(got)
+    assert whole.startswith(text)
+    size, full = len(text.encode()), len(whole.encode())
+    assert min(n, full) - 3 <= size <= n or size == full
+    uncut = list(cli.beginning(docs, n, cut=False))
+    if all(len(doc.encode()) <= n for doc in docs):
+        assert uncut == docs[: len(uncut)]
+
+
+# -- download and prepare
+
+
+@pytest.fixture
+def plays(tmp_path, monkeypatch):
+    """Put a small text where Shakespeare would be, offline."""
+    import hashlib
+
+    from minillm import corpora
+
+    data = TEXT.encode("utf-8")
+    monkeypatch.setenv("MINILLM_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setitem(corpora.REMOTES, "shakespeare", corpora.Remote(
+        "plays", {"train": "", "val": ""}, url="http://127.0.0.1:9/x.txt",
+        sha256=hashlib.sha256(data).hexdigest(), size=len(data)))
+    return data
+
+
+def test_without_a_network_the_commands_say_what_to_do(shell, plays,
+                                                       tmp_path):
+    says = ("127.0.0.1:9", "minillm download shakespeare",
+            str(tmp_path / "cache" / "corpora" / "shakespeare.txt"))
+    shell.refuses("download", "shakespeare", says=says)
+    shell.refuses("train", "--data", "shakespeare", "--out",
+                  tmp_path / "run", says=says)
+    assert not (tmp_path / "run").exists()
+
+
+def test_shakespeare_from_the_cache(shell, plays, tmp_path):
+    path = tmp_path / "cache" / "corpora" / "shakespeare.txt"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(plays)
+    assert str(path) in shell.works("download", "shakespeare")
+    out = tmp_path / "run"
+    shell.works("train", "--data", "shakespeare", "--out", out,
+                "--tokenizer", "char", *TINY)
+    held_out = TEXT[int(0.9 * len(TEXT)):]
+    assert f"{len(held_out.encode('utf-8')):,} bytes" in shell.works(
+        "eval", out)
+
+
+def test_prepare_writes_shards_of_every_split(shell, documents, tmp_path):
+    from minillm.corpora import load_corpus
+    from minillm.loading import Shards
+    from minillm.tokenizer import load_tokenizer
+
+    out = tmp_path / "shards"
+    words = ["prepare", "--data", documents, "--out", out, "--vocab-size",
+             270, "--shard-tokens", 500]
+    printed = shell.works(*words)
+    tokenizer = load_tokenizer(out / "tokenizer.json")
+    for split in ("train", "val", "test"):
+        assert f"\n{split}" in "\n" + printed
+        docs = list(load_corpus(documents, split=split))
+        ids = Shards(out / split)[:]
+        assert ids.tolist() == tokenizer.encode_documents(docs).tolist()
+    before = files_of(out)
+    assert len([f for f in before if f.endswith(".bin")]) > 3
+    assert f"minillm train --data {out}" in printed
+    assert shell.works(*words) == printed  # nothing is left to do
+    assert files_of(out) == before
+
+
+def test_prepare_goes_on_after_a_stop(shell, documents, tmp_path,
+                                      monkeypatch):
+    from minillm import loading
+
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    words = ["prepare", "--data", documents, "--vocab-size", 270,
+             "--shard-tokens", 300, "--out"]
+    shell.works(*words, whole)
+    write_shard, n = loading.write_shard, []
+
+    def stop(*args, **options):
+        n.append(1)
+        if len(n) == 3:
+            raise KeyboardInterrupt
+        return write_shard(*args, **options)
+
+    monkeypatch.setattr(loading, "write_shard", stop)
+    code, out, err = shell(*words, broken)
+    assert code == 130 and "the same command goes on" in out and not err
+    monkeypatch.undo()
+    assert files_of(broken) != files_of(whole)
+    shell.works(*words, broken)
+    kept = {n: f for n, f in files_of(broken).items() if ".lock" not in n}
+    assert kept == {n: f for n, f in files_of(whole).items()
+                    if ".lock" not in n}
+
+
+def test_prepare_with_workers_and_a_tokenizer_of_ones_own(
+        shell, runs, text_file, tmp_path):
+    one, two = tmp_path / "one", tmp_path / "two"
+    words = ["prepare", "--data", text_file, "--tokenizer",
+             runs / "char" / "tokenizer.json", "--out"]
+    shell.works(*words, one)
+    shell.works(*words, two, "--workers", 2)
+    assert {n: f for n, f in files_of(one).items() if ".lock" not in n} == {
+        n: f for n, f in files_of(two).items() if ".lock" not in n}
+    assert sorted(p.name for p in one.iterdir() if p.is_dir()) == [
+        "train", "val"]
+
+
+def test_train_on_shards_is_the_training_on_their_texts(
+        shell, documents, tmp_path):
+    shards, one, two = (tmp_path / n for n in ("shards", "one", "two"))
+    shell.works("prepare", "--data", documents, "--out", shards,
+                "--vocab-size", 270)
+    shell.works("train", "--data", shards, "--out", one, *TINY)
+    shell.works("train", "--data", documents, "--out", two, "--vocab-size",
+                270, *TINY)
+    losses = [[json.loads(line).get("val_loss") for line in
+               (run / "metrics.jsonl").read_text("utf-8").splitlines()]
+              for run in (one, two)]
+    assert losses[0] == losses[1]
+    shell.works("train", "--out", one, "--resume", "--max-steps", 10)
+    shutil.rmtree(documents)  # the shards have the text
+    out = shell.works("eval", one)
+    assert "5-gram" in out and "token frequencies" in out
+
+
+def test_shards_that_do_not_fit(shell, runs, documents, tmp_path):
+    shards = tmp_path / "shards"
+    shell.works("prepare", "--data", documents, "--out", shards,
+                "--vocab-size", 270)
+    words = ["train", "--out", tmp_path / "run", *TINY, "--data", shards]
+    shell.refuses(*words, "--tokenizer", "char", says=("--tokenizer bpe",))
+    shell.refuses(*words, documents, says=("holds shards",))
+    shell.refuses(*words, "--max-bytes", 5000, says=("holds shards",))
+    manifest = shards / "train" / "manifest.json"
+    content = json.loads(manifest.read_text("utf-8"))
+    manifest.write_text(json.dumps(content | {"complete": False}), "utf-8")
+    shell.refuses(*words, says=("not finished",))
+    shutil.rmtree(shards / "val")
+    manifest.write_text(json.dumps(content), "utf-8")
+    shell.refuses(*words, says=("no shards in val",))
+    assert not (tmp_path / "run").exists()
+
+
+def test_shards_of_stories_keep_their_floor(shell, tiny_recipe, tmp_path):
+    shards, out = tmp_path / "shards", tmp_path / "run"
+    shell.works("prepare", "--data", "tales", "--out", shards,
+                "--vocab-size", 300)
+    shell.works("train", "--data", shards, "--out", out, *TINY)
+    assert json.loads((out / "run.json").read_text("utf-8"))["floor"]
+    assert "times the floor" in shell.works("eval", out)
+
+
+def test_prepare_with_few_documents(shell, tmp_path):
+    from minillm.corpora import split_of
+
+    names = {split: [f"{i}.txt" for i in range(99)
+                     if split_of(f"{i}.txt") == split]
+             for split in ("train", "val", "test")}
+
+    def prepare(**counts):
+        folder = tmp_path / "-".join(f"{k}{n}" for k, n in counts.items())
+        folder.mkdir()
+        for split, n in counts.items():
+            for name in names[split][:n]:
+                (folder / name).write_text("some words", encoding="utf-8")
+        return ["prepare", "--data", folder, "--vocab-size", 260, "--out",
+                tmp_path / f"of-{folder.name}"]
+
+    assert "test" not in shell.works(*prepare(train=3, val=1)).split()
+    words = prepare(train=3)
+    shell.refuses(*words, says=("no text in split 'val'",))
+    assert not Path(words[-1]).exists()
+    shell.refuses(*prepare(val=1), says=("no text in split 'train'",))
+
+
+def test_prepare_refuses_what_does_not_fit(shell, runs, documents, text_file,
+                                           tmp_path):
+    out = tmp_path / "shards"
+    words = ["prepare", "--out", out, "--vocab-size", 270, "--data"]
+    shell.works(*words, documents)
+    shell.refuses(*words, text_file, says=("another text", "another --out"))
+    shell.refuses(*words, documents, "--vocab-size", 260,
+                  says=("--vocab-size is 260", "another --out"))
+    shell.refuses(*words, documents, "--tokenizer",
+                  runs / "bpe" / "tokenizer.json",
+                  says=("another tokenizer", "another --out"))
+    shell.refuses(*words, documents, "--tokenizer", tmp_path / "none.json",
+                  says=("no file", "none.json"))
+    shell.refuses("prepare", "--data", documents, "--out", runs / "bpe",
+                  says=("already holds a run",))
+    shell.refuses("prepare", "--data", documents, "--out", tmp_path,
+                  says=("already holds files",))
 
 
 # -- resuming
@@ -539,7 +878,7 @@ def test_eval_measures_the_held_out_tenth(shell, runs):
         out = shell.works("eval", runs / name)
         size = len(TEXT[int(0.9 * len(TEXT)):].encode("utf-8"))
         assert f"{size:,} bytes" in out
-        for row in ("token frequencies", "gzip -9", "this model",
+        for row in ("token frequencies", "gzip -9", "5-gram", "this model",
                     "perplexity"):
             assert row in out
         assert "entropy floor" not in out
@@ -592,6 +931,30 @@ def test_bench_prints_the_table_and_names_the_bottleneck(shell):
         assert piece in out, piece
 
 
+def test_bench_tokenizer_prints_a_row_per_rival(shell, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("The hen slept. Then the wren sang, twice.\n" * 200,
+                    encoding="utf-8")
+    out = tmp_path / "rows.json"
+    options = ["--data", text, "--megabytes", 0.2, "--repeats", 1]
+    shown = shell.works("bench", "tokenizer", *options, "--out", out)
+    result = json.loads(out.read_text(encoding="utf-8"))
+    for row in result["rows"]:
+        assert row["task"] in shown and row["seconds"] > 0
+    assert {row["who"] for row in result["rows"]} == {
+        "minillm", "tokenizers", "tiktoken"}
+    large = [row for row in result["rows"] if "MB file" in row["task"]]
+    assert [row["task"].split()[0] for row in large] == ["train", "encode"]
+    shell.refuses("bench", "tokenizer", *options, "--out", out,
+                  says=("exists", "rows.json"))
+
+
+def test_bench_of_something_else(shell):
+    shell.refuses("bench", "tokeniser", says=("model", "tokenizer"))
+    assert "--preset" in shell.works("bench", "model", "--help")
+    assert "--megabytes" in shell.works("bench", "tokenizer", "--help")
+
+
 # -- quickstart and TinyTales
 
 
@@ -620,8 +983,9 @@ def test_quickstart(shell, tiny_recipe, tmp_path, monkeypatch):
     out = shell.works("quickstart", "--steps", 3)
     run = str(Path("runs/quickstart-2"))
     for piece in ("parameters", "3 steps", "cpu", "about", "entropy floor",
-                  "gzip -9", "token frequencies", "times the floor", "\n1. ",
-                  "\n3. ", f"minillm sample {run}", f"minillm eval {run}"):
+                  "gzip -9", "5-gram", "token frequencies",
+                  "times the floor", "\n1. ", "\n3. ",
+                  f"minillm sample {run}", f"minillm eval {run}"):
         assert piece in out, piece
     head = json.loads(Path(run, "run.json").read_text("utf-8"))
     assert head["floor"] and head["training"]["max_steps"] == 3
