@@ -129,12 +129,13 @@ def nearest(
     close = difflib.get_close_matches(word, known, n=1)
     return f"; did you mean {close[0]}?" if close else ""
 
-# %% ../nbs/cli.ipynb #c175ebe2
+# %% ../nbs/cli.ipynb #455caf37
 def data_source(
     data: Sequence[str],  # the words after --data
     *,
     max_bytes: int | None = None,  # of training text
     text_field: str = "text",  # of rows
+    separator: str | None = None,  # between the documents of a text file
 ) -> dict[str, Any]:  # for `open_splits`
     """Say where texts come from; raise ValueError for a mixture.
 
@@ -165,15 +166,18 @@ def data_source(
             raise ValueError(f"{str(shards[0])!r} holds shards; it is all of "
                              "--data, and without --max-bytes")
         return {"shards": str(shards[0])}
-    if all(path.is_file() and kind_of(path) == "text" for path in paths):
+    if separator is None and all(
+            path.is_file() and kind_of(path) == "text" for path in paths):
         if max_bytes is not None:
             raise ValueError("--max-bytes takes whole documents, and a text "
-                             "file is one; give a shorter file")
+                             "file is one; give --separator, the text between "
+                             "two documents, or a shorter file")
         return {"files": [str(path) for path in paths]}
-    return {"corpus": [str(path) for path in paths], "max_bytes": max_bytes,
-            "text_field": text_field}
+    source = {"corpus": [str(path) for path in paths], "max_bytes": max_bytes,
+              "text_field": text_field}
+    return source if separator is None else source | {"separator": separator}
 
-# %% ../nbs/cli.ipynb #32247f07
+# %% ../nbs/cli.ipynb #a228c135
 def open_splits(
     source: dict[str, Any],  # from `data_source`, perhaps by way of data.json
 ) -> dict[str, Any]:  # train, val and perhaps test -> texts, re-iterable
@@ -206,6 +210,7 @@ def open_splits(
         splits = list(REMOTES[what].splits) or splits
     return {split: load_corpus(
         what, split=split, text_field=source.get("text_field", "text"),
+        separator=source.get("separator"),
         max_bytes=limit if split == "train" or limit is None
         else max(limit // 8, 1)) for split in splits}
 
@@ -554,7 +559,7 @@ class ProgressLines:
         print(f"step {record['step']:,} of {self.max_steps:,}"
               + "".join(parts), flush=True)
 
-# %% ../nbs/cli.ipynb #2f37144d
+# %% ../nbs/cli.ipynb #74dfe05f
 @dataclass
 class Train:
     """Train a model on a corpus, on text files or on TinyTales.
@@ -568,6 +573,7 @@ class Train:
     data: tuple[str, ...] = ()  # files, directories, or a corpus's name
     max_bytes: int | None = None  # train on so much of a corpus at most
     text_field: str = "text"  # of JSON lines and parquet
+    separator: str | None = None  # between two documents of a text file
     out: Path | None = None  # directory for the run, a new one
     resume: bool = False  # go on with the run in --out
     tokenizer: Literal["bpe", "char"] = "bpe"  # byte-level BPE or characters
@@ -591,7 +597,8 @@ class Train:
         else:
             check_out(self.out)
         source = train_source(self.data, self.out, self.resume,
-                              self.max_bytes, self.text_field)
+                              self.max_bytes, self.text_field,
+                              self.separator)
         corpus = TrainingText.load(source)
         home = self.out if self.resume else Path(source.get("shards", "."))
         if self.resume or "shards" in source:
@@ -614,20 +621,22 @@ class Train:
         print(summary(result))
         return 0
 
-# %% ../nbs/cli.ipynb #32791efa
+# %% ../nbs/cli.ipynb #25362014
 def train_source(
     data: tuple[str, ...],  # what --data gave
     out: Path,  # the run's directory
     resume: bool,  # whether it is there already
     max_bytes: int | None = None,  # what --max-bytes gave
     text_field: str = "text",  # what --text-field gave
+    separator: str | None = None,  # what --separator gave
 ) -> dict[str, Any]:  # for `open_splits`
     """Return where the text comes from; ValueError if that is unknown."""
     if not data and not resume:
         raise ValueError("missing: --data FILE, or --data tales for the "
                          "built-in stories")
     if data:
-        return data_source(data, max_bytes=max_bytes, text_field=text_field)
+        return data_source(data, max_bytes=max_bytes, text_field=text_field,
+                           separator=separator)
     source = saved_source(out)
     if source is None:
         raise FileNotFoundError(f"{str(out)!r} does not say what it was "
@@ -806,7 +815,7 @@ class Download:
               f"load_corpus({self.name!r})")
         return 0
 
-# %% ../nbs/cli.ipynb #249d906d
+# %% ../nbs/cli.ipynb #84625c8e
 @dataclass
 class Prepare:
     """Tokenize a corpus into shards; given again, it goes on.
@@ -822,6 +831,7 @@ class Prepare:
     vocab_size: int = 4096  # of the one to train
     max_bytes: int | None = None  # prepare so much training text at most
     text_field: str = "text"  # of JSON lines and parquet
+    separator: str | None = None  # between two documents of a text file
     workers: int = 1  # processes that tokenize
     shard_tokens: int = 100_000_000  # tokens in a shard
 
@@ -835,7 +845,8 @@ class Prepare:
         if not self.data:
             raise ValueError("missing: --data, files or a corpus's name")
         source = data_source(self.data, max_bytes=self.max_bytes,
-                             text_field=self.text_field)
+                             text_field=self.text_field,
+                             separator=self.separator)
         parts = open_splits(source)
         for split in ("train", "val"):
             next(iter(parts[split]))  # NoText before anything is written
@@ -972,7 +983,7 @@ def check_number(
         raise ValueError(f"{option} is {value}; give {low} or more"
                          + (f", at most {high}" if value > high else ""))
 
-# %% ../nbs/cli.ipynb #a2d3b04c
+# %% ../nbs/cli.ipynb #5eba903b
 @dataclass
 class Eval:
     """Measure bits per byte on held-out text, beside simpler models.
@@ -985,6 +996,7 @@ class Eval:
     run_dir: Positional[Path]  # the directory of a run
     data: tuple[str, ...] = ()  # files, directories, or a corpus's name
     text_field: str = "text"  # of JSON lines and parquet
+    separator: str | None = None  # between two documents of a text file
     max_bytes: int = 200_000  # read so much of the text at most
     device: str = "auto"  # auto, cpu, cuda, mps
 
@@ -1017,13 +1029,14 @@ class Eval:
 
         words = list(self.data)
         if words and words[0] not in SOURCES:
-            given = data_source(words)
+            given = data_source(words, separator=self.separator)
             if "files" in given:
                 docs = [read_text(path) for path in given["files"]]
             else:
                 docs = load_corpus(
                     [Path(path) for path in given["corpus"]],
-                    max_bytes=self.max_bytes, text_field=self.text_field)
+                    max_bytes=self.max_bytes, text_field=self.text_field,
+                    separator=self.separator)
             return list(beginning(docs, self.max_bytes)), None
         given = data_source(words) if words else source
         if "train_bytes" in origin(given):

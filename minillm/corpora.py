@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['SPLITS', 'ROW_SUFFIXES', 'REMOTES', 'SOURCES', 'Document', 'Corpus', 'NoText', 'split_of', 'open_bytes', 'read_text',
-           'kind_of', 'list_files', 'row_text', 'read_json_lines', 'read_parquet', 'python_files', 'download',
-           'check_file', 'Transfer', 'Interrupted', 'Remote', 'copy_path', 'download_corpus', 'nearest_name',
-           'copy_note', 'copy_reaches', 'load_corpus', 'existing_path']
+           'kind_of', 'list_files', 'read_separated', 'row_text', 'read_json_lines', 'read_parquet', 'python_files',
+           'download', 'check_file', 'Transfer', 'Interrupted', 'Remote', 'copy_path', 'download_corpus',
+           'nearest_name', 'copy_note', 'copy_reaches', 'load_corpus', 'existing_path']
 
 # %% ../nbs/corpora.ipynb #db016708
 import difflib
@@ -202,7 +202,7 @@ def _decode(
             f"0x{data[error.start]:02x}; save it as UTF-8 first") from None
     return text.removeprefix("\ufeff") if start == 0 else text
 
-# %% ../nbs/corpora.ipynb #77f5e3c2
+# %% ../nbs/corpora.ipynb #6f13de9f
 ROW_SUFFIXES = (".jsonl", ".ndjson", ".parquet")
 
 
@@ -232,18 +232,19 @@ def list_files(
 def _read_paths(
     paths: list[Path],  # files and directories
     text_field: str,  # of rows
+    separator: str | None,  # between the documents of a text file
     skipped: Counter,  # filled here
 ) -> Iterator[Document]:
     for root in paths:
         if not root.is_dir():
-            yield from _read_file(root, root.name, text_field)
+            yield from _read_file(root, root.name, text_field, separator)
             continue
         for path in list_files(root):
             if kind_of(path) == "text" and _is_binary(path):
                 skipped["not text"] += 1
                 continue
             name = path.relative_to(root).as_posix()
-            yield from _read_file(path, name, text_field)
+            yield from _read_file(path, name, text_field, separator)
 
 
 def _is_binary(path: Path) -> bool:
@@ -252,14 +253,47 @@ def _is_binary(path: Path) -> bool:
         return b"\0" in f.read(8000)
 
 
-def _read_file(path: Path, name: str, text_field: str) -> Iterator[Document]:
+def _read_file(path: Path, name: str, text_field: str,
+               separator: str | None) -> Iterator[Document]:
     kind = kind_of(path)
     if kind == ".parquet":
         yield from read_parquet(path, name, text_field)
     elif kind in ROW_SUFFIXES:
         yield from read_json_lines(path, name, text_field)
+    elif separator is not None:
+        yield from read_separated(path, name, separator)
     else:
         yield Document(_decode(_read_all(path), path), name)
+
+
+def read_separated(
+    path: Path,  # a text file, perhaps compressed
+    name: str,  # of the file, for the documents' names
+    separator: str,  # between two documents, such as "<|endoftext|>"
+) -> Iterator[Document]:  # named name:1, name:2, ... by place
+    """Yield the documents of a file that need not fit into memory.
+
+    Line ends next to a separator are dropped, empty documents come as empty
+    texts. A document is held in memory whole.
+    """
+    mark = separator.encode("utf-8")
+    ends, held, carry, at, number = False, [], b"", 0, 0
+    with _damage_named(path), open_bytes(path) as f:
+        while not ends:
+            block = f.read(1 << 20)
+            *pieces, rest = (carry + block).split(mark)
+            ends = not block
+            if ends and (rest or any(held) or not number):
+                pieces.append(rest)
+            for piece in pieces:
+                data, held, number = b"".join([*held, piece]), [], number + 1
+                text = _decode(data, path, at).strip("\r\n")
+                at += len(data) + len(mark)
+                yield Document(text, f"{name}:{number}")
+            # a mark may lie across the border of two blocks
+            n_safe = max(len(rest) - len(mark) + 1, 0)
+            held.append(rest[:n_safe])
+            carry = rest[n_safe:]
 
 # %% ../nbs/corpora.ipynb #24c2331d
 def row_text(
@@ -773,13 +807,14 @@ def _read_copies(paths: list[Path], skipped: Counter) -> Iterator[Document]:
             for line in f:
                 yield Document(**json.loads(line))
 
-# %% ../nbs/corpora.ipynb #e858db34
+# %% ../nbs/corpora.ipynb #d6d096e2
 def load_corpus(
     source: Any,  # a name in SOURCES, a path, several, or texts
     *,
     split: str | None = None,  # "train", "val" or "test"; None: everything
     max_bytes: int | None = None,  # of text; tales: None is two million
     text_field: str = "text",  # of the rows of JSON lines and parquet
+    separator: str | None = None,  # between the documents of a text file
     cache_dir: str | Path | None = None,  # None: minillm.files.cache_dir()
     progress: bool | None = None,  # a download's bar; None: in a terminal
 ) -> Corpus:
@@ -798,6 +833,8 @@ def load_corpus(
                          f"{nearest_name(str(split), SPLITS)}")
     if max_bytes is not None and max_bytes < 1:
         raise ValueError(f"max_bytes is {max_bytes}; give 1 or more, or None")
+    if separator == "":
+        raise ValueError("separator is empty; give a text, or None")
     if isinstance(source, str) and source in REMOTES:
         return _remote_corpus(source, split, max_bytes, cache_dir, progress)
     if isinstance(source, str) and source == "tales":
@@ -818,9 +855,9 @@ def load_corpus(
             isinstance(item, os.PathLike) for item in source):
         paths = [existing_path(path) for path in source]
         name = ", ".join(path.name or str(path) for path in paths)
-        return Corpus(name, "files of your own; their licence is yours to "
-                      "know", partial(_read_paths, paths, text_field),
-                      **limits)
+        return Corpus(
+            name, "files of your own; their licence is yours to know",
+            partial(_read_paths, paths, text_field, separator), **limits)
     return _iterable_corpus(source, text_field, limits)
 
 

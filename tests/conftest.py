@@ -4,6 +4,7 @@ import importlib.util
 import random
 import signal
 import socket
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -52,3 +53,12 @@ def _ctrl_c_works():
 def root() -> Path:
     """The project's root."""
     return ROOT
+
+
+def pytest_terminal_summary(terminalreporter):
+    """Say how much the comparison with GPT-2's tokenizer has compared."""
+    compared = getattr(sys.modules.get("test_gpt2"), "COMPARED", {})
+    for name in sorted({name for name, _ in compared}):
+        counts = ", ".join(f"{n:,} {what}" for (who, what), n
+                           in compared.items() if who == name)
+        terminalreporter.write_line(f"equal to tiktoken ({name}): {counts}")

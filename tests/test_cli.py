@@ -949,6 +949,20 @@ def test_bench_tokenizer_prints_a_row_per_rival(shell, tmp_path):
                   says=("exists", "rows.json"))
 
 
+def test_a_text_file_with_a_separator_is_many_documents(shell, tmp_path):
+    path = tmp_path / "all.txt"
+    path.write_text("<|endoftext|>\n".join(
+        f"The hen number {i} slept.\n" for i in range(200)),
+        encoding="utf-8")
+    shell.refuses("prepare", "--data", path, "--max-bytes", 2000, "--out",
+                  tmp_path / "no", says=("--separator",))
+    out = shell.works("prepare", "--data", path, "--out", tmp_path / "shards",
+                      "--separator", "<|endoftext|>", "--vocab-size", 300)
+    n_docs = [int(line.split()[1]) for line in out.splitlines()
+              if "documents" in line]
+    assert len(n_docs) == 3 and sum(n_docs) == 200
+
+
 def test_bench_of_something_else(shell):
     shell.refuses("bench", "tokeniser", says=("model", "tokenizer"))
     assert "--preset" in shell.works("bench", "model", "--help")

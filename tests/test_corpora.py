@@ -10,13 +10,14 @@ import pickle
 import socket
 import sys
 import threading
+import tracemalloc
 from collections import Counter
 from pathlib import Path
 
 import pyarrow
 import pyarrow.parquet
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from minillm import corpora
@@ -913,3 +914,56 @@ def test_a_corpus_needs_only_a_reader():
 
     corpus = Corpus("mine", "made here", read)
     assert list(corpus) == ["a"] and corpus.skipped == {"odd": 1}
+
+
+# -- one file, many documents
+
+
+SEPARATED = st.lists(st.text("ab\n<|> e", max_size=8), max_size=8)
+
+
+@settings(max_examples=150, deadline=None,
+          suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(pieces=SEPARATED, mark=st.sampled_from(["<|e|>", "\n\n", "||", "a"]))
+def test_separated_documents_are_those_of_split(tmp_path, pieces, mark):
+    text = mark.join(pieces)
+    path = tmp_path / "all.txt"
+    path.write_bytes(text.encode("utf-8"))
+    want = text.split(mark)
+    if len(want) > 1 and not want[-1]:
+        want.pop()  # a mark at the end begins no document
+    found = list(corpora.read_separated(path, "all.txt", mark))
+    assert [doc.text for doc in found] == [w.strip("\r\n") for w in want]
+    assert [doc.name for doc in found] == [
+        f"all.txt:{i + 1}" for i in range(len(want))]
+
+
+@pytest.mark.parametrize("size", [2**20 - 3, 2**20 - 1, 2**20, 3 * 2**20])
+def test_a_mark_across_two_blocks(tmp_path, size):
+    path = tmp_path / "all.txt"
+    path.write_bytes(b"x" * size + b"<|endoftext|>\n" + b"second")
+    docs = list(load_corpus(path, separator="<|endoftext|>"))
+    assert [len(doc) for doc in docs] == [size, 6]
+
+
+def test_separated_files_keep_their_errors_and_splits(tmp_path):
+    path = tmp_path / "all.txt"
+    path.write_bytes(b"one--two--caf\xe9--four")
+    with pytest.raises(ValueError, match="byte 13 is 0xe9"):
+        list(load_corpus(path, separator="--"))
+    path.write_bytes("--".join(f"text {i}" for i in range(200)).encode())
+    parts = {split: list(load_corpus(path, separator="--", split=split))
+             for split in ("train", "val", "test")}
+    assert sum(map(len, parts.values())) == 200 and all(parts.values())
+    with pytest.raises(ValueError, match="separator is empty"):
+        load_corpus(path, separator="")
+
+
+def test_separated_files_are_not_held_in_memory(tmp_path):
+    path = tmp_path / "all.txt"  # 30 MB
+    path.write_bytes((b"0123456789abcdef" * 64 + b"--") * 30_000)
+    tracemalloc.start()
+    assert sum(1 for _ in load_corpus(path, separator="--")) == 30_000
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 12e6
