@@ -172,7 +172,7 @@ def split_chunks(
         return [m.group() for m in pattern.finditer(text, start, end)]
     return pattern.findall(text, start, end)
 
-# %% ../nbs/tokenization.ipynb #72e79d0a
+# %% ../nbs/tokenization.ipynb #44acbaa8
 def special_names(
     special_tokens: Iterable[str],  # names
 ) -> list[str]:  # the names, checked
@@ -214,7 +214,7 @@ def special_ids(
         raise ValueError(f"two special tokens share an id: {ids!r}")
     return ids
 
-
+# %% ../nbs/tokenization.ipynb #911ad254
 def special_regex(
     names: Iterable[str],  # at least one special token
 ) -> regex.Pattern:  # finds them; the longest where several begin at once
@@ -240,7 +240,7 @@ def split_specials(
         start = match.end()
     return [*pieces, text[start:]]
 
-
+# %% ../nbs/tokenization.ipynb #00ca15b0
 def replace_surrogates(
     text: str,  # any Python string
 ) -> str:  # the same, valid as UTF-8
@@ -461,7 +461,7 @@ def join_surrogates(
         yield replace_surrogates(block[: len(block) - len(held)])
     yield replace_surrogates(held)
 
-# %% ../nbs/tokenization.ipynb #e4ccb0f4
+# %% ../nbs/tokenization.ipynb #76aaf407
 def settled_chunks(
     text: str,  # what has been read of a text
     start: int,  # where a chunk begins
@@ -480,7 +480,7 @@ def settled_chunks(
         chunks.pop()
     return chunks
 
-
+# %% ../nbs/tokenization.ipynb #d3d4f9b7
 def stream_chunks(
     blocks: Iterable[str],  # one text, cut anywhere
     pattern: regex.Pattern,  # from `compile_pattern`
@@ -767,7 +767,7 @@ def split_by_rank(
             joined[i - 1] = ranks.get(parts[i - 1] + parts[i], NO_RANK)
     return parts
 
-# %% ../nbs/tokenization.ipynb #14bbfcd9
+# %% ../nbs/tokenization.ipynb #42028a8e
 @dataclass
 class JoinedRanks:
     """The pairs that `apply_merges` needs, found by their joined bytes."""
@@ -782,7 +782,7 @@ class JoinedRanks:
             return None
         return self.ranks.get(self.tokens[left] + self.tokens[right])
 
-
+# %% ../nbs/tokenization.ipynb #cef93839
 class ChunkCache(dict):
     """Chunk -> its ids; a chunk that is new is merged when asked for.
 
@@ -1497,7 +1497,7 @@ def recover_merges(
         ranks[token] = i
     return merges
 
-# %% ../nbs/tokenization.ipynb #3b402797
+# %% ../nbs/tokenization.ipynb #4c7ce3cd
 def byte_characters() -> dict[int, str]:  # byte -> character
     """Give each byte a visible character, as GPT-2's files write them.
 
@@ -1547,7 +1547,7 @@ def read_gpt2_files(
         "byte_order": [byte_of[char] for char in order],
     }
 
-
+# %% ../nbs/tokenization.ipynb #7b1c5abc
 def huggingface_json(
     tokenizer: BPETokenizer,
 ) -> dict:  # the content of a tokenizer.json
