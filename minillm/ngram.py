@@ -750,7 +750,7 @@ def baseline_ladder(
         rows.append(baseline("the source", np.asarray(floor_bits), sizes))
     return rows
 
-# %% ../nbs/ngram.ipynb #d3baff33
+# %% ../nbs/ngram.ipynb #20fe3f4e
 def text_ladder(
     text: str,  # any text of some 100 kB or more, taken as one document
     *,
@@ -762,7 +762,8 @@ def text_ladder(
 
     Rows per byte, per character and per BPE token; the alphabet of the
     characters is that of the whole text. "modified" is Kneser-Ney with three
-    discounts. The numbers depend on the text alone, not on the machine.
+    discounts. The numbers depend on the text alone, those of gzip and xz
+    also on the library's version.
     """
     from minillm.tokenizer import CharTokenizer, train_bpe
 
