@@ -40,7 +40,7 @@ from minillm.files import (
     write_json,
 )
 
-# %% ../nbs/corpora.ipynb #38b6eb02
+# %% ../nbs/corpora.ipynb #045cc518
 @dataclass(frozen=True)
 class Document:
     """A text and the name that it keeps from run to run."""
@@ -92,8 +92,10 @@ class Corpus:
         if not size:
             where = f" in split {self.split!r}" if self.split else ""
             raise NoText(
-                f"{self.name} has no text{where} ({n_read} documents read); "
-                "give more documents" + " or another split" * bool(where))
+                f"{self.name} has no text{where} ({n_read} read); give more "
+                "documents" + (
+                    ", as a document's name decides its split; if one file "
+                    "holds many, check the separator" if where else ""))
 
 
 class NoText(ValueError):
@@ -295,7 +297,7 @@ def read_separated(
             held.append(rest[:n_safe])
             carry = rest[n_safe:]
 
-# %% ../nbs/corpora.ipynb #24c2331d
+# %% ../nbs/corpora.ipynb #33d135d0
 def row_text(
     row: Any,  # a dictionary of fields
     text_field: str,  # the one that holds the text
@@ -307,7 +309,8 @@ def row_text(
                          'object such as {"text": "..."} is needed')
     if text_field not in row:
         raise ValueError(f"{where}: no field {text_field!r}; there is "
-                         f"{', '.join(map(str, row)) or 'none'}")
+                         f"{', '.join(map(str, row)) or 'none'}; say which "
+                         "one holds the text with text_field (--text-field)")
     text = row[text_field]
     if not isinstance(text, str | None):
         raise ValueError(f"{where}: field {text_field!r} is a "
@@ -707,7 +710,7 @@ def _network_needed(name: str, path: Path) -> Iterator[None]:
             f"there is a network, run: minillm download {name} - or put "
             f"{by_hand} at {str(path)!r} by hand") from None
 
-# %% ../nbs/corpora.ipynb #6e885495
+# %% ../nbs/corpora.ipynb #444ae04f
 def _hub_rows(name: str, split: str) -> Iterable[dict]:
     """Open a data set of the hub for streaming; its cache may serve it."""
     import datasets
@@ -729,6 +732,8 @@ def _hub_errors(repo: str) -> Iterator[None]:
                 "httpx", "requests", "aiohttp", "huggingface_hub"):
             raise
         text = " ".join(str(error).split())[:200]
+        if "OfflineMode" in text:
+            text += "; HF_HUB_OFFLINE forbids it, unset it to go there"
         raise ConnectionError(
             f"cannot read {repo} on the hub ({text})") from None
 

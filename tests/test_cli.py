@@ -643,6 +643,50 @@ def test_shards_that_do_not_fit(shell, runs, documents, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+def test_eval_on_shards(shell, documents, tmp_path):
+    shards, run = tmp_path / "shards", tmp_path / "run"
+    shell.works("prepare", "--data", documents, "--out", shards,
+                "--vocab-size", 300)
+    shell.works("train", "--data", shards, "--out", run, *TINY)
+    assert "this model" in shell.works("eval", run, "--data", shards)
+
+
+def test_data_that_minillm_wrote_is_not_text(shell, runs, documents,
+                                             text_file, tmp_path):
+    shards, out = tmp_path / "shards", ["--out", tmp_path / "run", *TINY]
+    shell.works("prepare", "--data", documents, "--out", shards,
+                "--vocab-size", 300)
+    shell.refuses("train", *out, "--data", shards / "train",
+                  says=("one split of shards", str(shards)))
+    shell.refuses("train", *out, "--data", runs / "char", says=("is a run",))
+    shutil.rmtree(shards / "train")
+    shutil.rmtree(shards / "val")
+    shell.refuses("train", *out, "--data", shards,
+                  says=("not finished", "minillm prepare"))
+    shell.refuses("eval", runs / "char", "--data", runs / "bpe",
+                  says=("is a run",))
+
+
+def test_plain_text_beside_rows_is_refused(shell, text_file, tmp_path):
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(json.dumps({"text": f"A hen, {i}."}) + "\n"
+                            for i in range(50)), encoding="utf-8")
+    shell.refuses("train", "--data", text_file, rows, "--out",
+                  tmp_path / "run", *TINY, says=("text.txt",))
+    assert not (tmp_path / "run").exists()
+
+
+def test_prepare_refuses_a_small_vocabulary_before_it_starts(
+        shell, documents, tmp_path):
+    shell.refuses("prepare", "--data", documents, "--out", tmp_path / "s",
+                  "--vocab-size", 100, says=("--vocab-size", "257"))
+    assert not (tmp_path / "s").exists()
+
+
+def test_help_of_a_command(shell):
+    assert shell.works("help", "train") == shell.works("train", "--help")
+
+
 def test_shards_of_stories_keep_their_floor(shell, tiny_recipe, tmp_path):
     shards, out = tmp_path / "shards", tmp_path / "run"
     shell.works("prepare", "--data", "tales", "--out", shards,
