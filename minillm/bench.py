@@ -6,7 +6,7 @@
 __all__ = ['Row', 'best_time', 'bench_training', 'gpt2_in_cache', 'bench_encoding', 'bench_bulk', 'write_sample', 'peak_memory',
            'large_file_job', 'bench_large_file', 'bench_tokenizer', 'processor']
 
-# %% ../nbs/bench.ipynb #67a9873e
+# %% ../nbs/bench.ipynb #1c9df49c
 import copy
 import hashlib
 import json
@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -276,7 +277,7 @@ def bench_large_file(
                             mb_per_s=size / result["seconds"], **result))
     return rows
 
-# %% ../nbs/bench.ipynb #f5c6ece2
+# %% ../nbs/bench.ipynb #1582d409
 def bench_tokenizer(
     text: str,  # the text for training and encoding
     *,
@@ -304,7 +305,9 @@ def bench_tokenizer(
         tokenizer = BPETokenizer.from_tiktoken(tiktoken.get_encoding(name))
     else:
         name = "trained on the text"
-        tokenizer = train_bpe(text, 8192)
+        with warnings.catch_warnings():  # a short text gives fewer entries
+            warnings.simplefilter("ignore", UserWarning)
+            tokenizer = train_bpe(text, 8192)
     add(bench_encoding(text, tokenizer, repeats=repeats))
     pieces = [text[i:i + 10_000] for i in range(0, len(text), 10_000)]
     add(bench_bulk(pieces, tokenizer, repeats=repeats))

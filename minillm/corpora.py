@@ -470,7 +470,7 @@ def check_file(
             f"{str(path)!r} has sha256 {digest.hexdigest()} instead of "
             f"{sha256.lower()}; delete it to get it again")
 
-# %% ../nbs/corpora.ipynb #d1ad62ec
+# %% ../nbs/corpora.ipynb #adf216d5
 @dataclass
 class Transfer:
     """The part of a file that has arrived, and how to get the rest."""
@@ -558,7 +558,7 @@ class Transfer:
 
     def store(self, response: http.client.HTTPResponse, start: int) -> None:
         """Append an answer to the part, or begin anew if it is the whole."""
-        from tqdm.auto import tqdm
+        from tqdm import tqdm
 
         given = response.headers["Content-Range"] or ""
         if response.status != 206 or not given.startswith(f"bytes {start}-"):
@@ -710,7 +710,7 @@ def _network_needed(name: str, path: Path) -> Iterator[None]:
             f"there is a network, run: minillm download {name} - or put "
             f"{by_hand} at {str(path)!r} by hand") from None
 
-# %% ../nbs/corpora.ipynb #444ae04f
+# %% ../nbs/corpora.ipynb #0625f322
 def _hub_rows(name: str, split: str) -> Iterable[dict]:
     """Open a data set of the hub for streaming; its cache may serve it."""
     import datasets
@@ -752,7 +752,7 @@ def _read_hub(name: str, streams: dict[str, Iterable[dict]],
 def _copy_hub(name: str, split: str, max_bytes: int,
               cache_dir: str | Path | None, progress: bool | None) -> Path:
     """Write the beginning of a split as JSON lines, whole or not at all."""
-    from tqdm.auto import tqdm
+    from tqdm import tqdm
 
     path = copy_path(name, split, cache_dir)
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -587,7 +587,7 @@ def tokenizer_hash(
         data = repr(known).encode()
     return hashlib.sha256(data).hexdigest()[:16]
 
-# %% ../nbs/loading.ipynb #9defff68
+# %% ../nbs/loading.ipynb #16e5b8b3
 def tokenize_to_shards(
     corpus: Iterable,  # texts, or objects with a `.text`; streamed
     tokenizer: object,  # with encode_batch or encode, end_of_text, vocab_size
@@ -634,7 +634,7 @@ def _tokenize(
     n_begun: int, digest: object, progress: bool | None,
 ) -> None:  # fmt: skip
     """Feed documents to the writer under a progress bar."""
-    from tqdm.auto import tqdm
+    from tqdm import tqdm
 
     bar = tqdm(
         desc="tokenizing", unit=" tokens", unit_scale=True,

@@ -386,7 +386,7 @@ def merge_everywhere(
         if count[newborn]:  # not merged away again in this same step
             heapq.heappush(index.heap, heap_entry(index, newborn))
 
-# %% ../nbs/tokenization.ipynb #4b302c1e
+# %% ../nbs/tokenization.ipynb #c7cf706e
 def learn_merges(
     chunk_counts: Mapping[bytes, int],  # from `count_chunks`
     n_merges: int,  # how many merges to learn at most
@@ -401,7 +401,7 @@ def learn_merges(
     index, merges = index_pairs(chunk_counts), []
     steps = range(n_merges)
     if progress:
-        from tqdm.auto import tqdm
+        from tqdm import tqdm
 
         steps = tqdm(steps, desc="learning merges", unit=" merges")
     for _ in steps:
@@ -655,7 +655,7 @@ def count_file(
                 bar.update(at - before)
     return +total
 
-# %% ../nbs/tokenization.ipynb #99b64f3a
+# %% ../nbs/tokenization.ipynb #6debbd6b
 def count_corpus(
     text: str | Path | Iterable[str | Path],  # texts, and files in UTF-8
     *,
@@ -668,7 +668,7 @@ def count_corpus(
 
     Does what `count_chunks` does, holding one document or one block at once.
     """
-    from tqdm.auto import tqdm
+    from tqdm import tqdm
 
     if not (n_workers is None or isinstance(n_workers, int) and n_workers > 0):
         raise ValueError(f"n_workers={n_workers!r} must be at least 1 or None")
@@ -861,7 +861,7 @@ def decode_pieces(
     if text:
         yield text
 
-# %% ../nbs/tokenization.ipynb #7372dfc9
+# %% ../nbs/tokenization.ipynb #a4d03144
 class Tokenizer:
     """Turn text into ids and back: what all tokenizers of this book share.
 
@@ -1030,7 +1030,7 @@ class Tokenizer:
         Joined, they equal those of its whole text. Raises FileNotFoundError
         if there is no file, ValueError where it is not UTF-8.
         """
-        from tqdm.auto import tqdm
+        from tqdm import tqdm
 
         allowed = self._allowed(allowed_special)
         ids, waiting = [], 0

@@ -248,6 +248,10 @@ def build_html() -> int:
 def build_pdf() -> int:
     """Build the PDF."""
     pdf = BUILD / "latex" / "minillm.pdf"
+    # a build that was killed leaves half a file, at which LaTeX stumbles
+    for half in (BUILD / "latex").glob("minillm.*"):
+        if half.suffix in (".aux", ".out", ".toc", ".idx", ".ind"):
+            half.unlink()
     code = jupyter_book("pdflatex")
     if code or not pdf.exists():
         log = pdf.with_suffix(".log")
