@@ -405,14 +405,15 @@ class _ShardWriter:
         self._flush(complete=True)
         return self.manifest
 
-# %% ../nbs/loading.ipynb #62472223
+# %% ../nbs/loading.ipynb #41684593
 @contextmanager
 def _open_writer(
     folder: Path, fresh: Manifest, resume: bool
 ) -> Iterator[_ShardWriter]:
     """Lock a directory; give a writer that goes on where it stopped."""
-    if fresh.shard_tokens < 1:
-        raise ValueError(f"shard_tokens is {fresh.shard_tokens}; use >= 1")
+    if not 1 <= fresh.shard_tokens < 2**31:  # the header's count is an int32
+        raise ValueError(f"shard_tokens is {fresh.shard_tokens}; use 1 to "
+                         f"{2**31 - 1}")  # fmt: skip
     folder.mkdir(parents=True, exist_ok=True)
     try:
         lock = locked(folder / ".lock", timeout=0)
@@ -837,22 +838,30 @@ def _to_device(
         return tensor.pin_memory().to(device, non_blocking=True)
     return tensor.to(device)
 
-# %% ../nbs/loading.ipynb #e3ac65e3
+# %% ../nbs/loading.ipynb #e4c70d5a
 def data_fingerprint(
     tokens: "np.ndarray | Shards",  # (N,) ids
 ) -> str:
     """Name data by its length and a hash of its content.
 
-    For shards that is the manifest's hashes; for an array, its two ends.
+    For shards that is the manifest's hashes; of an array above 16 million ids
+    64 pieces are hashed, its two ends among them.
     """
+    digest, n = hashlib.sha256(), len(tokens)
     if isinstance(tokens, Shards):
-        data = "".join(s.sha256 for s in tokens.manifest.shards).encode()
+        digest.update("".join(s.sha256 for s in tokens.manifest.shards)
+                      .encode())  # fmt: skip
     else:
-        ends = [np.asarray(tokens[:65536]), np.asarray(tokens[-65536:])]
-        data = np.concatenate(ends).astype("<i8").tobytes()
-    return f"{len(tokens)}-{hashlib.sha256(data).hexdigest()[:16]}"
+        piece = 2**16
+        places = range(0, n, piece)
+        if n > 2**24:
+            places = np.linspace(0, n - piece, 64, dtype=np.int64).tolist()
+        for i in places:
+            ids = np.asarray(tokens[i : i + piece])
+            digest.update(ids.astype("<i8").tobytes())
+    return f"{n}-{digest.hexdigest()[:16]}"
 
-# %% ../nbs/loading.ipynb #b3892d2c
+# %% ../nbs/loading.ipynb #bf0ecbf9
 class TokenLoader:
     """Give batches without end, from a place that can be saved.
 
@@ -1073,6 +1082,9 @@ class TokenLoader:
             raise ValueError(f"the place in the state is {place}; it must be "
                              "three counts: the state is damaged")  # fmt: skip
         block, row, rows_given = place
+        if max(place) >= 2**63:
+            raise ValueError(f"the place in the state is {place}, more than "
+                             "any run gets to: it is damaged")  # fmt: skip
         if row >= len(self._block_rows(block)[0]):
             raise ValueError(f"the state points to row {row} of block {block}"
                              ", which has fewer: it is damaged")  # fmt: skip
@@ -1130,7 +1142,7 @@ def _check_loader(loader: TokenLoader, bucket: int, pool: int) -> None:
                          f"{need}: use a longer text or a smaller "
                          "context_length")  # fmt: skip
 
-# %% ../nbs/loading.ipynb #17793830
+# %% ../nbs/loading.ipynb #41fc4b17
 class Mixture:
     """Mix several loaders so that each gives its share of the rows.
 
@@ -1151,6 +1163,14 @@ class Mixture:
             raise ValueError(
                 f"weights for {sorted(weights)} and loaders for "
                 f"{sorted(self.loaders)}; name the same sources"
+            )
+        if len(set(map(id, self.loaders.values()))) < len(self.loaders):
+            raise ValueError("one loader stands under two names; make two")
+        begun = [n for n, x in self.loaders.items() if x.rows_given]
+        if begun:
+            raise ValueError(
+                f"the loaders {begun} have given rows already; make new ones, "
+                "load_state_dict sets their place"
             )
         values = np.array([weights[name] for name in self.loaders], float)
         if not (np.isfinite(values).all() and (values > 0).all()):
@@ -1225,6 +1245,8 @@ class Mixture:
                 "the state is of other sources, or of another order of them, "
                 f"than {list(self.loaders)}"
             )
+        if not all(isinstance(place, Mapping) for place in places.values()):
+            raise ValueError("the state of a source is none: it is damaged")
         given = [place.get("rows_given") for place in places.values()]
         if taken != given:
             raise ValueError(f"the state counts {taken} rows, and its loaders "

@@ -127,7 +127,7 @@ def seen_share(
     known, found = set(windows(train)), windows(ids)
     return sum(g in known for g in found) / len(found) if found else math.nan
 
-# %% ../nbs/ngram.ipynb #f8bd07cf
+# %% ../nbs/ngram.ipynb #c7f9e78f
 def token_stream(
     docs: Iterable[str],       # texts
     tokenizer: object = None,  # with encode and end_of_text; None: bytes
@@ -155,6 +155,8 @@ def text_bytes(
     docs: Iterable[str],  # texts
 ) -> np.ndarray:          # (n_docs,) int64
     """Count the UTF-8 bytes of each text, which no tokenizer can change."""
+    if isinstance(docs, str):
+        raise ValueError("docs is one string; pass a list of strings")
     return np.array([len(doc.encode("utf-8")) for doc in docs], dtype=np.int64)
 
 # %% ../nbs/ngram.ipynb #89a0c566

@@ -10,7 +10,7 @@ __all__ = ['END_OF_TEXT', 'GPT2_PATTERN', 'GPT4_PATTERN', 'ANY_CHARACTER', 'BLOC
            'read_blocks', 'join_surrogates', 'settled_chunks', 'stream_chunks', 'count_range', 'first_of_character',
            'process_pool', 'ignore_interrupt', 'count_file', 'count_corpus', 'apply_merges', 'split_by_rank',
            'JoinedRanks', 'ChunkCache', 'character_spans', 'decode_pieces', 'Tokenizer', 'BPETokenizer', 'train_bpe',
-           'recover_merges', 'byte_characters', 'read_gpt2_files', 'huggingface_json', 'CharTokenizer',
+           'with_arrays', 'recover_merges', 'byte_characters', 'read_gpt2_files', 'huggingface_json', 'CharTokenizer',
            'load_tokenizer']
 
 # %% ../nbs/tokenization.ipynb #ffb9a3c1
@@ -480,11 +480,12 @@ def settled_chunks(
         chunks.pop()
     return chunks
 
-# %% ../nbs/tokenization.ipynb #d3d4f9b7
+# %% ../nbs/tokenization.ipynb #39a12b57
 def stream_chunks(
     blocks: Iterable[str],  # one text, cut anywhere
     pattern: regex.Pattern,  # from `compile_pattern`
     names: Iterable[str] = (),  # special tokens to cut out
+    before: str = "",  # text that stands before the first block
 ) -> Iterator[tuple[list[str], str]]:  # chunks; the special token after, or ""
     """Split a text that comes in blocks as if it had come whole.
 
@@ -498,7 +499,9 @@ def stream_chunks(
     # Fails after the match that `pattern` finds; a partial match is reported
     # if, on the way to it, the matcher ran into the end of the text.
     probe = regex.compile(f"(?>{pattern.pattern})(?!)")
-    text, border, start = "", 0, 0  # `border`: the last special token's end
+    text, border, start = before, 0, len(before)
+    for match in special.finditer(before) if special else ():
+        border = match.end()  # the last special token's end
     new, n_new, wanted = [], 0, 1
     for block in chain(join_surrogates(blocks), [None]):
         if block is not None:
@@ -529,7 +532,7 @@ def stream_chunks(
         start += sum(map(len, chunks))
         wanted = max(BLOCK // 16, len(text) - start)  # a long chunk: double
 
-# %% ../nbs/tokenization.ipynb #0d926438
+# %% ../nbs/tokenization.ipynb #864e1dbd
 RANGE = 2**24  # bytes that one process counts at once
 
 
@@ -540,23 +543,30 @@ def count_range(
     pattern: str,  # the pre-tokenization pattern
     names: Sequence[str],  # special tokens, cut out and not counted
     bar: object = None,  # a tqdm bar to move, or None
+    begins: bool = False,  # a chunk of the file is known to begin at `start`
 ) -> tuple[Counter[str], list[int], int]:  # counts, borders, end of the last
     """Count the chunks of a part of a file.
 
-    `borders` are bytes where chunks begin, the first thousand. A part that
-    does not begin at a border of the whole file falls into step with it at
-    one of them.
+    `borders` are bytes near the start where chunks begin. A part that does
+    not begin at a border of the whole file falls into step with it at one of
+    them.
     """
-    counts, borders, at = Counter(), [], start
-    blocks = read_blocks(path, start=start)
-    for chunks, name in stream_chunks(blocks, compile_pattern(pattern), names):
+    counts, borders, at, near = Counter(), [], start, start + 128 * LOOK
+    blocks, before = read_blocks(path, start=start), ""
+    if begins:  # what stands before it may matter to the pattern
+        behind = first_of_character(path, max(0, start - 8 * LOOK))
+        with open(path, "rb") as file:
+            file.seek(behind)
+            before = file.read(start - behind).decode("utf-8")
+    compiled = compile_pattern(pattern)
+    for chunks, name in stream_chunks(blocks, compiled, names, before):
         before = at
         size = len("".join(chunks).encode("utf-8"))
-        if len(borders) < 1000 or at + size >= end:
+        if at < near or at + size >= end:
             for chunk in chunks:
                 if at >= end:
                     break
-                if len(borders) < 1000 and (at >= start + 4 * LOOK or not at):
+                if at < near and (at >= start + 4 * LOOK or not at):
                     borders.append(at)
                 counts[chunk] += 1
                 at += len(chunk.encode("utf-8"))
@@ -616,7 +626,7 @@ def ignore_interrupt() -> None:
     """Leave Ctrl-C to the process that started this one."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
-# %% ../nbs/tokenization.ipynb #140b9423
+# %% ../nbs/tokenization.ipynb #5f691fcf
 def count_file(
     path: str | Path,  # a file in UTF-8
     *,
@@ -649,7 +659,7 @@ def count_file(
                 total.update(counts)
                 at = after
             elif at < stop:
-                counts, _, at = count(at, stop)
+                counts, _, at = count(at, stop, begins=True)
                 total.update(counts)
             if bar is not None:
                 bar.update(at - before)
@@ -861,7 +871,7 @@ def decode_pieces(
     if text:
         yield text
 
-# %% ../nbs/tokenization.ipynb #a4d03144
+# %% ../nbs/tokenization.ipynb #017aded2
 class Tokenizer:
     """Turn text into ids and back: what all tokenizers of this book share.
 
@@ -1088,8 +1098,11 @@ class Tokenizer:
         self, texts: list[str], arrays: list[np.ndarray]
     ) -> list[np.ndarray]:
         """Find the spans of some texts in one go."""
-        sizes = self._token_sizes()[np.concatenate(arrays)]
-        spans = character_spans("".join(texts), sizes)
+        joined, sizes = "".join(texts), self._token_sizes()
+        if replace_surrogates(joined) is not joined:  # halves might meet
+            return [character_spans(text, sizes[ids])
+                    for text, ids in zip(texts, arrays)]
+        spans = character_spans(joined, sizes[np.concatenate(arrays)])
         ends = np.cumsum([len(ids) for ids in arrays])
         first = np.cumsum([len(text) for text in texts])
         return [
@@ -1200,7 +1213,7 @@ def _in_threads(function, groups: list, n_threads: int | None, *more) -> list:
     with ThreadPoolExecutor(min(n_threads, len(groups))) as pool:
         return list(pool.map(function, groups, *more))
 
-# %% ../nbs/tokenization.ipynb #05b79a2f
+# %% ../nbs/tokenization.ipynb #274a2306
 class BPETokenizer(Tokenizer):
     """Byte-level BPE: ids 0-255 are bytes, then merges, then specials.
 
@@ -1246,11 +1259,12 @@ class BPETokenizer(Tokenizer):
         self.byte_order = None if order == [*range(256)] else tuple(order)
         self.ranks = ranks  # bytes of an ordinary token -> its id
         self._cache = ChunkCache(ranks, tokens)
-        self._engine = None
+        self._engine = self._special_engine = None
 
     def __getstate__(self) -> dict:
         empty = ChunkCache(self.ranks, self._cache.pairs.tokens)
-        return self.__dict__ | {"_engine": None, "_cache": empty}
+        return self.__dict__ | {
+            "_engine": None, "_special_engine": None, "_cache": empty}
 
     def _encode_chunks(self, chunks: list[str]) -> list[int]:
         """Turn chunks into ids."""
@@ -1294,18 +1308,24 @@ class BPETokenizer(Tokenizer):
         """Encode one text with tiktoken's engine."""
         if self._engine is None:
             self._engine = self._bulk_engine()
-        if not allowed <= {END_OF_TEXT}:  # the engine knows no other
-            pieces = split_specials(text, allowed)
-            if len(pieces) > 1:
-                parts = [
-                    np.array([self.special_tokens[piece]], self.dtype)
-                    if i % 2 else self._engine_ids(piece, set())
-                    for i, piece in enumerate(pieces)
-                ]
-                return np.concatenate(parts)
-            allowed = set()
+        engine = self._engine
+        if not allowed <= {END_OF_TEXT}:  # that engine knows no other
+            if self._specials_overlap():
+                pieces = split_specials(text, allowed)
+                if len(pieces) > 1:
+                    parts = [
+                        np.array([self.special_tokens[piece]], self.dtype)
+                        if i % 2 else self._engine_ids(piece, set())
+                        for i, piece in enumerate(pieces)
+                    ]
+                    return np.concatenate(parts)
+                allowed = set()
+            else:
+                if self._special_engine is None:
+                    self._special_engine = with_arrays(self.to_tiktoken())
+                engine = self._special_engine
         try:
-            ids = self._engine.encode_to_numpy(
+            ids = engine.encode_to_numpy(
                 replace_surrogates(text),
                 allowed_special=allowed,
                 disallowed_special=(),
@@ -1313,6 +1333,11 @@ class BPETokenizer(Tokenizer):
         except ValueError:  # its stack overflows on long runs of white space
             ids = self.encode(text, allowed_special=allowed)
         return np.array(ids, self.dtype)
+
+    def _specials_overlap(self) -> bool:
+        """Tell whether one name begins another: tiktoken takes either."""
+        names = sorted(self.special_tokens)
+        return any(b.startswith(a) for a, b in zip(names, names[1:]))
 
     def _join_group(self, docs: list[str], allowed: set[str]) -> np.ndarray:
         """Encode some documents at once, if no name in them is in the way."""
@@ -1334,9 +1359,7 @@ class BPETokenizer(Tokenizer):
             mergeable_ranks=self.ranks,
             special_tokens=end,
         )
-        if not hasattr(engine, "encode_to_numpy"):  # tiktoken before 0.8
-            engine.encode_to_numpy = engine.encode
-        return engine
+        return with_arrays(engine)
 
     def to_tiktoken(self) -> "tiktoken.Encoding":  # noqa: F821
         """Make a `tiktoken.Encoding` that gives the same ids."""
@@ -1476,7 +1499,16 @@ def train_bpe(
         )
     return BPETokenizer(merges, special_tokens=special_tokens, pattern=pattern)
 
-# %% ../nbs/tokenization.ipynb #4da904b9
+# %% ../nbs/tokenization.ipynb #c2b03d01
+def with_arrays(
+    engine: "tiktoken.Encoding",  # noqa: F821
+) -> "tiktoken.Encoding":  # noqa: F821
+    """Make sure that an engine has `encode_to_numpy`, new in tiktoken 0.8."""
+    if not hasattr(engine, "encode_to_numpy"):
+        engine.encode_to_numpy = engine.encode
+    return engine
+
+
 def recover_merges(
     tokens: list[bytes],  # ordinary tokens in the order of their ids
 ) -> list[tuple[bytes, bytes]]:  # the pair that makes each one after the bytes

@@ -1153,9 +1153,8 @@ def test_realised_shares_stay_within_a_row():
 @settings(max_examples=40)
 def test_shares_of_any_weights(weights):
     names = [str(i) for i in range(len(weights))]
-    loader = TokenLoader(np.arange(50), 1, 4)
-    mixture = Mixture(dict.fromkeys(names, loader),
-                      dict(zip(names, weights)))  # fmt: skip
+    loaders = {name: TokenLoader(np.arange(50), 1, 4) for name in names}
+    mixture = Mixture(loaders, dict(zip(names, weights)))
     mixture.choose(500)
     ideal = 500 * np.array(weights) / sum(weights)
     assert np.abs(mixture.taken - ideal).max() <= len(weights)
@@ -1280,3 +1279,35 @@ def test_bad_settings_say_what_to_do():
     for n, mode in ((0, "random"), (8, "random"), (1, "sequential")):
         with pytest.raises(ValueError, match="longer text"):
             TokenLoader(np.arange(n), 1, 8, mode=mode)
+
+
+def test_a_mixture_takes_loaders_that_have_not_begun():
+    ids = np.arange(500) % 7
+    begun = TokenLoader(ids, 2, 8)
+    next(begun)
+    with pytest.raises(ValueError, match="given rows already"):
+        Mixture({"a": begun}, {"a": 1})
+    new = TokenLoader(ids, 2, 8)
+    with pytest.raises(ValueError, match="under two names"):
+        Mixture({"a": new, "b": new}, {"a": 1, "b": 1})
+    mixture = Mixture({"a": new}, {"a": 1})
+    state = mixture.state_dict()
+    with pytest.raises(ValueError, match="damaged"):
+        mixture.load_state_dict(state | {"loaders": {"a": [1]}})
+    with pytest.raises(ValueError, match="damaged"):
+        new.load_state_dict(new.state_dict() | {"block": 2**70})
+
+
+def test_a_change_in_the_middle_of_an_array_is_another_text():
+    ids = np.zeros(300_000, np.int64)
+    state = TokenLoader(ids, 2, 8).state_dict()
+    ids[150_000] = 7
+    with pytest.raises(ValueError, match="data"):
+        TokenLoader(ids, 2, 8).load_state_dict(state)
+
+
+def test_shards_that_no_header_could_count(tmp_path):
+    with pytest.raises(ValueError, match="shard_tokens"):
+        write_shards([np.zeros(3, np.int64)], tmp_path / "s", vocab_size=9,
+                     shard_tokens=2**31)
+    assert not (tmp_path / "s" / "manifest.json").exists()

@@ -14,6 +14,7 @@ import tracemalloc
 import unicodedata
 import warnings
 from collections import Counter
+from functools import cache
 
 import numpy as np
 import pytest
@@ -1416,3 +1417,56 @@ def test_gpt2_merges_give_gpt2_tokens():
         assert [ours.vocab[i] for i in ours.encode(doc)] == [
             gpt2.decode_single_token_bytes(i) for i in wanted
         ]
+
+
+def test_offsets_in_bulk_where_halves_of_a_pair_would_meet(odd):
+    texts = ["a\ud83d", "\ude00b", "", "\ud83d\ude00"]
+    pairs = [odd.encode_with_offsets(text) for text in texts]
+    for (ids, spans), found, where in zip(
+        pairs, *bulk_with_offsets(odd, texts)
+    ):
+        assert found == ids and where == spans
+
+
+def bulk_with_offsets(tokenizer, texts):
+    """Give ids and spans of `encode_batch` as lists."""
+    ids, spans = tokenizer.encode_batch(texts, offsets=True)
+    return ([x.tolist() for x in ids],
+            [[tuple(span) for span in x.tolist()] for x in spans])
+
+
+@pytest.mark.parametrize("names", [
+    ["<|endoftext|>", "<|user|>", "<|end|>"],  # none begins another
+    ["<|a|>", "<|a|><|a|>", "<|b|>"],  # the longest must win
+])
+@given(data=st.data())
+def test_bulk_with_several_special_tokens(names, data):
+    trained = special_trained(tuple(names))
+    parts = st.lists(st.sampled_from(
+        [*names, "the hen", "<|", "|>", " wren", "\u00e9", "<|en"]))
+    texts = data.draw(st.lists(parts.map("".join), max_size=4))
+    allowed = data.draw(st.sets(st.sampled_from(names)))
+    for some in (allowed, "all"):
+        found = trained.encode_batch(texts, allowed_special=some)
+        assert [x.tolist() for x in found] == [
+            trained.encode(text, allowed_special=some) for text in texts]
+
+
+@cache
+def special_trained(names):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return train_bpe("the hen and the wren " * 9, 300,
+                         special_tokens=names)
+
+
+@pytest.mark.parametrize("pattern", [r"(?<=a)b+|(?<=b)a+|.", r"^.|..",
+                                     r"\d{1,3}|\D"])
+def test_parallel_counting_where_falling_into_step_is_hard(tmp_path, pattern):
+    rng, path = random.Random(1), tmp_path / "text.txt"
+    path.write_bytes(("".join(
+        rng.choice("ab \n1,23") * rng.choice([1, 1, 2, 5])
+        for _ in range(20_000)) + END_OF_TEXT + "".join(
+        rng.choice("ab") for _ in range(20_000))).encode())
+    assert count_file(path, pattern=pattern) == count_file(
+        path, pattern=pattern, n_workers=2, range_bytes=30_001)
