@@ -19,20 +19,10 @@ sys.path.insert(0, str(ROOT / "tools"))
 from clean_notebooks import notebooks  # noqa: E402
 
 
-def processor() -> str:
-    """Name the processor as well as the system lets us."""
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
-
-
 def main() -> None:
     import torch
 
+    from minillm.bench import processor
     from minillm.files import write_json
     from minillm.train import tales_model
 
