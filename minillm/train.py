@@ -485,7 +485,7 @@ def first_tokens(
     ends = np.flatnonzero(np.asarray(part) == end_of_text)
     return part[: ends[-1] + 1] if len(ends) else part
 
-# %% ../nbs/pretraining.ipynb #ad273aef
+# %% ../nbs/pretraining.ipynb #e6f6a768
 _PICKLES = (".pt", ".pth", ".bin", ".pkl", ".pickle", ".ckpt")
 
 
@@ -502,10 +502,12 @@ def read_tensors(
     if not path.is_file():
         raise FileNotFoundError(f"no file {str(path)!r}")
     with open(path, "rb") as f:
-        magic = f.read(4)
-    zipped = magic == b"PK\x03\x04"
-    if path.suffix in _PICKLES or zipped or magic[:1] == b"\x80":
-        # A pickle starts with 0x80; torch.save writes a zip of pickles.
+        head = f.read(9)
+    # A pickle starts with 0x80; torch.save writes a zip of pickles. The length
+    # that starts a safetensors file may begin so too, but then comes a "{".
+    pickled = head[:1] == b"\x80" and head[8:] != b"{"
+    zipped = head[:4] == b"PK\x03\x04"
+    if path.suffix in _PICKLES or zipped or pickled:
         raise ValueError(
             f"{str(path)!r} is a pickle, and loading one runs any code that "
             "is in it; convert it to safetensors where you trust it"
@@ -1240,7 +1242,7 @@ def load_run(
         floor=floor, run_dir=run_dir,
     )  # fmt: skip
 
-# %% ../nbs/pretraining.ipynb #65ce9eb5
+# %% ../nbs/pretraining.ipynb #9aad9529
 @dataclass
 class Recipe:
     """A complete TinyTales run: corpus, vocabulary, model, training."""
@@ -1315,7 +1317,8 @@ def tales_model(
     code and the recipe, so a change of either trains anew.
     """
     recipe = recipe or tales_recipe()
-    modules = ("tokenizer", "tales", "attention", "transformer", "train")
+    modules = ("tokenizer", "tales", "attention", "positions", "kvcache",
+               "layers", "transformer", "train")
     key = source_hash(
         *(f"minillm.{m}" for m in modules),
         extra=json.dumps(asdict(recipe), sort_keys=True),

@@ -360,6 +360,25 @@ def test_preset_gives_defaults_that_options_change(shell, text_file,
     assert model["vocab_size"] == 260 and model["bias"] is True
 
 
+def test_a_field_that_is_a_dict_is_given_as_json(shell, text_file, tmp_path):
+    options = ["--data", text_file, "--preset", "llama-tiny", "--vocab-size",
+               260, *TINY, "--n-kv-heads", 1, "--max-steps", 1]
+    scaling = '{"rope_type": "linear", "factor": 2.0}'
+    out = tmp_path / "run"
+    shell.works("train", *options, "--out", out, "--rope-scaling", scaling)
+    model = json.loads((out / "run.json").read_text("utf-8"))["model"]
+    assert model["rope_scaling"] == json.loads(scaling)
+    assert model["norm"] == "rms" and model["n_kv_heads"] == 1
+    shell.works("train", "--data", text_file, "--out", out, "--resume",
+                "--max-steps", 2)
+    for wrong in ("linear", "[1]", "{"):
+        shell.refuses("train", *options, "--out", tmp_path / "no",
+                      "--rope-scaling", wrong,
+                      says=("--rope-scaling takes", "rope_type", wrong))
+    shell.refuses("train", *options, "--out", tmp_path / "no",
+                  "--rope-scaling", '{"rope_type": "yarn"}', says=("yarn",))
+
+
 def test_existing_directory_is_never_touched(shell, run_dir, text_file,
                                              tmp_path):
     before = files_of(run_dir)
@@ -1007,9 +1026,29 @@ def test_a_text_file_with_a_separator_is_many_documents(shell, tmp_path):
     assert len(n_docs) == 3 and sum(n_docs) == 200
 
 
+def test_bench_model_prints_a_row_beside_its_peer(shell, tmp_path):
+    pytest.importorskip("transformers")
+    out = tmp_path / "rows.json"
+    options = ["--sizes", "0.8M", "--repeats", 1, "--new-tokens", 4]
+    shown = shell.works("bench", "model", *options, "--out", out)
+    rows = json.loads(out.read_text(encoding="utf-8"))["rows"]
+    assert [row["task"].split()[0] for row in rows] == [
+        "step", "step", "generate", "generate"] * 2
+    for ours, theirs in zip(rows[::2], rows[1::2]):
+        assert (ours["who"], theirs["who"]) == ("minillm", "transformers")
+        assert ours["ratio"] == pytest.approx(
+            ours["tokens_per_s"] / theirs["tokens_per_s"])
+        assert ours["task"] == theirs["task"] and ours["task"] in shown
+    assert "GFLOP/s" in shown and "GB/s" in shown
+    shell.refuses("bench", "model", *options, "--out", out, says=("exists",))
+    shell.refuses("bench", "model", "--new-tokens", 300, says=("224",))
+    shell.refuses("bench", "model", "--sizes", "11M", says=("11M",))
+
+
 def test_bench_of_something_else(shell):
     shell.refuses("bench", "tokeniser", says=("model", "tokenizer"))
-    assert "--preset" in shell.works("bench", "model", "--help")
+    assert "--preset" in shell.works("bench", "step", "--help")
+    assert "--sizes" in shell.works("bench", "model", "--help")
     assert "--megabytes" in shell.works("bench", "tokenizer", "--help")
 
 

@@ -10,6 +10,7 @@ from stand_ins import END, Bytes
 from torch import nn
 
 from minillm.sample import (
+    NextLogits,
     apply_repetition_penalty,
     apply_temperature,
     apply_top_k,
@@ -22,6 +23,7 @@ from minillm.sample import (
     stream_text,
 )
 from minillm.tokenizer import decode_pieces
+from minillm.transformer import GPT, GPTConfig
 
 
 class Causal(nn.Module):
@@ -291,6 +293,75 @@ def test_greedy_equals_a_plain_loop_and_the_window_slides():
     assert out[0].tolist() == ids
     assert [t.shape[1] for t in model.seen] == [3, 4, 5] + [6] * 9
     assert model.seen[-1][0].tolist() == ids[-7:-1]
+
+
+class Uncached(nn.Module):
+    """A GPT without its cache."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model, self.cfg = model, model.cfg
+
+    def forward(self, tokens):
+        return self.model(tokens)
+
+
+@pytest.mark.parametrize("fields", [
+    {}, {"positions": "rope", "n_kv_heads": 2, "sliding_window": 5},
+    {"positions": "alibi"}])
+@pytest.mark.parametrize("stop", [None, 3])
+@settings(max_examples=10)
+@given(st.integers(0, 1000), st.integers(1, 25))
+def test_the_cache_changes_nothing(fields, stop, seed, n_prompt):
+    """Rows that stop at different times, and texts that outgrow it."""
+    model = GPT(GPTConfig(11, 20, 16, 2, 4, **fields), seed=seed)
+    prompt = torch.randint(11, (5, n_prompt))
+
+    def run(m, **rule):
+        return generate(m, prompt, 30, stop_token=stop, **rule,
+                        generator=torch.Generator().manual_seed(seed))
+
+    for rule in ({}, {"temperature": 0, "repetition_penalty": 1.3}):
+        assert torch.equal(run(model, **rule), run(Uncached(model), **rule))
+    big = GPT(GPTConfig(257, 20, 16, 2, 4), seed=seed)
+    pieces = [list(stream_text(m, Bytes(), "ab", 30, generator=torch
+                               .Generator().manual_seed(seed)))
+              for m in (big, Uncached(big))]
+    assert pieces[0] == pieces[1]
+
+
+def test_a_large_head_is_turned_and_gives_the_same():
+    model = GPT(GPTConfig(2**16, 50, 256, 1, 2), seed=0)
+    prompt = torch.randint(2**16, (1, 5))
+    next_logits = NextLogits(model, 50)
+    with torch.no_grad():
+        for n in (3, 4, 5):
+            found = next_logits(prompt[:, :n])
+            assert next_logits.head.shape == (256, 2**16)
+            want = model(prompt[:, :n])[:, -1]
+            torch.testing.assert_close(found, want, atol=1e-4, rtol=1e-4)
+        few = NextLogits(model, 20)
+        few(prompt)
+        assert few.head is None  # the copy would not pay
+        several = NextLogits(model, 50)
+        rows = prompt.expand(2, -1)
+        torch.testing.assert_close(several(rows), model(rows)[:, -1])
+
+
+def test_a_cached_step_sees_one_token():
+    model, seen = GPT(GPTConfig(11, 20, 16, 1, 2), seed=0), []
+    model.tok_emb.register_forward_hook(
+        lambda module, inputs, out: seen.append(inputs[0].shape[1]))
+    generate(model, torch.ones(1, 4, dtype=torch.long), 18, temperature=0)
+    assert seen == [4] + [1] * 16 + [20]  # the 18th token: the window slides
+
+
+def test_greedy_refuses_nan():
+    model = GPT(GPTConfig(11, 20, 16, 1, 2), seed=0)
+    with torch.no_grad():
+        model.norm.weight[0] = torch.nan
+    with pytest.raises(ValueError, match="NaN"):
+        generate(model, torch.tensor([[1]]), 2, temperature=0)
 
 
 def test_a_prompt_longer_than_the_context_is_kept_whole():

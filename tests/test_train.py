@@ -13,6 +13,7 @@ import textwrap
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch.nn import functional as F
 
 from minillm.tokenizer import CharTokenizer
@@ -408,6 +409,15 @@ def test_pickles_are_never_read(tmp_path, monkeypatch, name):
                 read(path)
             assert "\n" not in str(caught.value)
     assert not (tmp_path / "trap.txt").exists()
+
+
+def test_a_file_whose_length_begins_like_a_pickle_is_read(tmp_path):
+    path, first = tmp_path / "w.safetensors", set()
+    for n in range(0, 2048, 8):  # the length is a multiple of 8
+        save_file({"w": torch.arange(3.0)}, path, {"note": "x" * n})
+        first.add(path.read_bytes()[0])
+        assert torch.equal(read_tensors(path)["w"], torch.arange(3.0))
+    assert 0x80 in first
 
 
 @pytest.mark.parametrize("content", [b"", b"x", b"hello world " * 10,
