@@ -345,7 +345,7 @@ def processor() -> str:
         pass
     return platform.processor() or platform.machine()
 
-# %% ../nbs/bench.ipynb #f57f2da9
+# %% ../nbs/bench.ipynb #ea993ea7
 @dataclass(frozen=True)
 class ModelRow:
     """One measurement of a model."""
@@ -359,9 +359,9 @@ class ModelRow:
 
     def __str__(self) -> str:
         unit = "GFLOP/s" if self.task.startswith("step") else "GB/s"
-        ratio = "" if self.ratio is None else f"{self.ratio:5.2f} times"
-        return (f"{self.task:<23} {self.who:<12} {self.tokens_per_s:7,.0f} "
-                f"tok/s {self.rate / 1e9:6.1f} {unit:<7} {self.share:4.0%} "
+        ratio = "" if self.ratio is None else f"{self.ratio:4.2f} times"
+        return (f"{self.task:<22} {self.who:<12} {self.tokens_per_s:6,.0f} "
+                f"tok/s {self.rate / 1e9:5.1f} {unit:<7} {self.share:4.0%} "
                 f"{ratio}").rstrip()
 
 

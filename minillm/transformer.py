@@ -320,7 +320,7 @@ def count_parameters(
     blocks = cfg.n_layers * (attn + ffn + 2 * norm)
     return V * D + table + blocks + final_norm + head
 
-# %% ../nbs/transformer.ipynb #8121c00c
+# %% ../nbs/transformer.ipynb #ef7f2754
 class GPT(nn.Module):
     """A decoder-only transformer: token ids in, next-token logits out.
 
@@ -434,11 +434,13 @@ class GPT(nn.Module):
         self,
         directory: str | Path,
         tokenizer: Any = None,  # a BPETokenizer, saved beside the weights
+        *,
+        overwrite: bool = False,  # replace a directory that is not empty
     ) -> None:
         """Write a directory that `transformers` and what builds on it read."""
         from minillm.pretrained import save_pretrained
 
-        save_pretrained(self, directory, tokenizer)
+        save_pretrained(self, directory, tokenizer, overwrite=overwrite)
 
 # %% ../nbs/transformer.ipynb #c3e29e37
 def find_places(

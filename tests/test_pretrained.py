@@ -570,7 +570,7 @@ def test_nothing_is_overwritten_unasked_and_no_half_is_left(
     assert sorted(p.name for p in tmp_path.iterdir()) == before
     assert (tmp_path / "m" / "notes.txt").read_text() == "mine"
     monkeypatch.undo()
-    save_pretrained(GPT(OWN[0], seed=9), tmp_path / "m", overwrite=True)
+    GPT(OWN[0], seed=9).save_pretrained(tmp_path / "m", overwrite=True)
     assert not (tmp_path / "m" / "notes.txt").exists()
     assert sorted(p.name for p in tmp_path.iterdir()) == before
 
