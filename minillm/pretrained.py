@@ -508,7 +508,7 @@ def save_pretrained(
         shutil.rmtree(new, ignore_errors=True)
     return directory
 
-# %% ../nbs/pretrained.ipynb #275b014f
+# %% ../nbs/pretrained.ipynb #bfdd59fb
 def free_directory(
     directory: str | Path,  # where to write
     overwrite: bool,  # may something be in it?
@@ -524,11 +524,11 @@ def free_directory(
             f"{str(directory)!r} is or holds the current directory, which "
             "cannot be replaced; name a new directory in it"
         )
-    if path.is_dir() and any(path.iterdir()) and not overwrite:
+    if not overwrite and path.is_dir() and any(path.iterdir()):
         raise FileExistsError(
             f"{str(directory)!r} is not empty; choose another directory, or "
             "replace all that is in it with "
-            "minillm.pretrained.save_pretrained(..., overwrite=True)"
+            "save_pretrained(..., overwrite=True)"
         )
     return path
 
@@ -561,7 +561,11 @@ def put_in_place(
                 ) from None
         finally:
             if old.exists() and not directory.exists():
-                old.rename(directory)
+                try:
+                    old.rename(directory)
+                except OSError as error:  # unless another writer is there
+                    if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
+                        raise
             shutil.rmtree(aside, ignore_errors=True)
 
 # %% ../nbs/pretrained.ipynb #0bad1426
