@@ -345,7 +345,7 @@ def processor() -> str:
         pass
     return platform.processor() or platform.machine()
 
-# %% ../nbs/bench.ipynb #ea993ea7
+# %% ../nbs/bench.ipynb #881ebdd1
 @dataclass(frozen=True)
 class ModelRow:
     """One measurement of a model."""
@@ -392,7 +392,8 @@ def bench_config(
         "124M": (GPTConfig.preset("gpt2", **rest), 1),
     }
     if size not in sizes:
-        raise ValueError(f"size {size!r} is unknown; choose from {list(sizes)}")
+        raise ValueError(
+            f"size {size!r} is unknown; choose from {list(sizes)}")
     return sizes[size]
 
 # %% ../nbs/bench.ipynb #ec28bac3
