@@ -460,7 +460,7 @@ def _status(key: str) -> int:
             return int(line.split()[1]) * 1024
     raise RuntimeError(f"/proc/self/status has no {key}")
 
-# %% ../nbs/accounting.ipynb #b816fea7
+# %% ../nbs/accounting.ipynb #6dc345d8
 def generation_memory(
     cfg: GPTConfig,  # the model's sizes
     prompt_length: int,  # tokens that are read at once
@@ -471,6 +471,8 @@ def generation_memory(
 ) -> dict[str, int]:  # weights, cache, work -> bytes; their sum is the peak
     """Predict the memory of generating with a KV cache.
 
+    For one row in float32, `minillm.sample.generate` also keeps a turned
+    copy of a large output head: 4 V D bytes that are not counted here.
     "work" is the widest moment of reading the prompt: a feed-forward layer
     or the scores of the last token's vocabulary. Raises ValueError for a
     prompt that the config or the cache cannot hold.

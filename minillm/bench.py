@@ -396,7 +396,7 @@ def bench_config(
             f"size {size!r} is unknown; choose from {list(sizes)}")
     return sizes[size]
 
-# %% ../nbs/bench.ipynb #ec28bac3
+# %% ../nbs/bench.ipynb #2f5fc0cd
 STEP_TOKENS = 256  # tokens in each row of a step
 
 
@@ -413,7 +413,7 @@ def training_step(
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(cfg.vocab_size, (batch_size, STEP_TOKENS + 1),
                            generator=generator)
-    x, y = tokens[:, :-1], tokens[:, 1:]
+    x, targets = tokens[:, :-1], tokens[:, 1:]
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
     narrow = dtype == "bfloat16"
 
@@ -422,7 +422,7 @@ def training_step(
         with torch.autocast("cpu", torch.bfloat16, enabled=narrow):
             logits = model(x)
             logits = getattr(logits, "logits", logits)  # (B, T, V)
-            loss = F.cross_entropy(logits.flatten(0, 1), y.flatten())
+            loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()

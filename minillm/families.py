@@ -6,7 +6,7 @@
 __all__ = ['check_mask_config', 'masked_hidden', 'pad_batch', 'Encoder', 'source_mask', 'mask_tokens', 'DecoderBlock', 'Memory',
            'EncoderDecoder', 'join_pairs', 'prefix_logits']
 
-# %% ../nbs/families.ipynb #7c18dca4
+# %% ../nbs/families.ipynb #863e4735
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -23,6 +23,7 @@ from minillm.attention import (
     prefix_mask,
     split_heads,
 )
+from .depth import evaluating
 from .kvcache import KVCache, Remember, attend
 from .layers import make_norm
 from minillm.transformer import (
@@ -257,7 +258,7 @@ class Memory:
         return sum(t.numel() * t.itemsize
                    for pair in self.keys_values for t in pair)
 
-# %% ../nbs/families.ipynb #fc9508ef
+# %% ../nbs/families.ipynb #7b9c7e8a
 class EncoderDecoder(nn.Module):
     """Read a source with an encoder, write a target with a decoder.
 
@@ -335,7 +336,6 @@ class EncoderDecoder(nn.Module):
             cache.commit()
         return self.decoder.lm_head(self.decoder.norm(x))
 
-    @torch.no_grad()
     def translate(
         self,
         source: Tensor,  # (B, S) ids
@@ -353,14 +353,15 @@ class EncoderDecoder(nn.Module):
                 f"max_new_tokens={n} is outside 1..{limit} (context_length); "
                 "choose a number in between"
             )
-        memory = self.encode(source, lengths)
-        cache = self.decoder.new_cache(len(source), n)
         last = source.new_full((len(source), 1), start_id)
         ended, steps = source.new_zeros(len(source), dtype=torch.bool), []
-        while len(steps) < n and not ended.all():
-            last = self.decode(last, memory, cache)[:, -1:].argmax(-1)
-            steps.append(last)  # (B, 1)
-            ended = ended | (last[:, 0] == end_id)
+        with evaluating(self):  # no dropout, also in the midst of training
+            memory = self.encode(source, lengths)
+            cache = self.decoder.new_cache(len(source), n)
+            while len(steps) < n and not ended.all():
+                last = self.decode(last, memory, cache)[:, -1:].argmax(-1)
+                steps.append(last)  # (B, 1)
+                ended = ended | (last[:, 0] == end_id)
         rows = torch.cat(steps, dim=1).tolist()
         return [row[:row.index(end_id)] if end_id in row else row
                 for row in rows]

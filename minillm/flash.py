@@ -230,7 +230,7 @@ def _backward_in_tiles(
         store("dv", dv[..., cols, :])
     return tuple(g.to(q.dtype) for g in (dq, dk, dv))
 
-# %% ../nbs/flash.ipynb #0c40edcf
+# %% ../nbs/flash.ipynb #23129f44
 def _check_inputs(q, k, v, mask, causal, tile) -> None:
     """Raise ValueError for what `flash_attention` cannot take."""
     named = (("q", q), ("k", k), ("v", v))
@@ -246,8 +246,17 @@ def _check_inputs(q, k, v, mask, causal, tile) -> None:
             "and v (..., S, C) of one floating-point type"
         )
     T, S = q.shape[-2], k.shape[-2]
-    if len(tile) != 2 or min(tile) < 1:
+    whole = isinstance(tile, tuple) and all(type(n) is int for n in tile)
+    if not whole or len(tile) != 2 or min(tile) < 1:
         raise ValueError(f"tile is {tile}; give two sizes of at least 1")
+    outer = [x.shape[:-2] for x in (q, k, v)]
+    try:
+        torch.broadcast_shapes(*outer)
+    except RuntimeError:
+        raise ValueError(
+            f"the outer dimensions {[tuple(s) for s in outer]} of q, k and v "
+            "do not broadcast; make them equal, or 1"
+        ) from None
     if causal and S < T:
         raise ValueError(
             f"S={S} keys for T={T} queries: with causal every query needs "

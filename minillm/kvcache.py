@@ -374,7 +374,7 @@ def check_new_keys(
             "the model under torch.no_grad(), or train without a cache"
         )
 
-# %% ../nbs/kvcache.ipynb #63b27d75
+# %% ../nbs/kvcache.ipynb #d0c71dd2
 class KVCache:
     """Keys and values of every layer, kept between forward passes.
 
@@ -508,7 +508,7 @@ class KVCache:
         Raises ValueError if a row is shorter, and for a ring that has
         overwritten tokens that the prefix would need.
         """
-        if not 0 <= length <= min(self.lengths):
+        if type(length) is not int or not 0 <= length <= min(self.lengths):
             raise ValueError(
                 f"length={length}, but the rows hold {self.lengths} tokens; "
                 f"rewind to 0 ... {min(self.lengths)}"

@@ -265,7 +265,7 @@ def rope_of(
     return {"rope_theta": theta,
             "rope_scaling": None if kind == "default" else rope}
 
-# %% ../nbs/pretrained.ipynb #6028cd3e
+# %% ../nbs/pretrained.ipynb #744c10d9
 def from_their_config(
     config: Mapping[str, Any],  # the content of a config.json
 ) -> GPTConfig:
@@ -299,7 +299,8 @@ def from_their_config(
             activation=ACTIVATIONS[config["activation_function"]],
             bias=bool(extra.get("bias", True)))
     bias = config["attention_bias"] if family == "llama" else False
-    refuse(config, hidden_act=("silu", "swish"), mlp_bias=(bias,))
+    refuse(config, hidden_act=("silu", "swish"), mlp_bias=(bias,),
+           partial_rotary_factor=(1.0, None))
     if family == "qwen3":
         refuse(config, attention_bias=(False,), use_sliding_window=(False,))
     window = config["sliding_window"] if family == "mistral" else None

@@ -173,7 +173,7 @@ def choose_tokens(
         logits = apply_top_p(logits, top_p)
     return sample_tokens(logits, generator)
 
-# %% ../nbs/sampling.ipynb #70a29861
+# %% ../nbs/sampling.ipynb #d341faa0
 class NextLogits:
     """Give the logits after each row, computing only what is new.
 
@@ -202,7 +202,8 @@ class NextLogits:
         if self.cache is None:
             length = max(self.max_length, tokens.shape[1])
             self.cache = model.new_cache(len(tokens), length)
-            self.head = self.turned_head(length - tokens.shape[1])
+            if len(tokens) == 1:
+                self.head = self.turned_head(length - tokens.shape[1])
         unseen = tokens[:, self.cache.lengths[0]:]             # (B, n)
         hidden = model.hidden(unseen, self.cache)[:, -1]       # (B, D)
         if self.head is None or len(hidden) > 1:
@@ -215,9 +216,9 @@ class NextLogits:
     ) -> Tensor | None:  # (D, V), or None where it would not pay
         """Copy a large output head to the layout that one row reads faster.
 
-        In float32 on a CPU, a row times (D, V) reads memory at up to 1.7
-        times the speed of (V, D) times a column. The copy costs as much time
-        as about ten steps save.
+        In float32 on a CPU a row times (D, V) reads memory faster than
+        (V, D) times a column. The copy takes V D numbers of memory and some
+        steps to pay, so it is made for a large head and a long text only.
         """
         weight = self.model.lm_head.weight                     # (V, D)
         pays = (weight.device.type == "cpu" and n_steps >= 32
@@ -247,7 +248,7 @@ def next_tokens(
         logits = NextLogits(model, tokens.shape[1])(tokens)    # (B, V)
     return choose_tokens(logits, tokens, **settings)
 
-# %% ../nbs/sampling.ipynb #59a5337f
+# %% ../nbs/sampling.ipynb #35451526
 def generate(
     model: nn.Module,     # maps (B, T) to (B, T, V); has .cfg.context_length
     tokens: Tensor,       # (B, T) prompts of one length, T >= 1
@@ -273,8 +274,9 @@ def generate(
         raise ValueError(
             f"tokens have shape {tuple(tokens.shape)}; give (B, T) with "
             "T >= 1, for instance one END_OF_TEXT per row")
-    if max_new_tokens < 0:
-        raise ValueError(f"max_new_tokens is {max_new_tokens}; use >= 0")
+    if type(max_new_tokens) is not int or max_new_tokens < 0:
+        raise ValueError(
+            f"max_new_tokens is {max_new_tokens}; use a whole number >= 0")
     next_logits = NextLogits(model, tokens.shape[1] + max_new_tokens)
     running = torch.ones(len(tokens), dtype=torch.bool, device=tokens.device)
     fill = 0 if stop_token is None else stop_token

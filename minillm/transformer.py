@@ -442,7 +442,7 @@ class GPT(nn.Module):
 
         save_pretrained(self, directory, tokenizer, overwrite=overwrite)
 
-# %% ../nbs/transformer.ipynb #c3e29e37
+# %% ../nbs/transformer.ipynb #80962b8a
 def find_places(
     cfg: GPTConfig,  # says how far back to look
     tokens: Tensor,  # (B, T)
@@ -454,7 +454,7 @@ def find_places(
     The mask is None where it would be plainly causal. Raises ValueError for
     a cache that is missing or belongs to another batch.
     """
-    check_cache(tokens, cache, n_new)
+    check_cache(tokens, cache, n_new, cfg)
     if cache is not None:
         step = cache.begin(tokens.shape[1], n_new)
         return step.positions, step.key_positions, step.mask
@@ -572,13 +572,14 @@ def check_tokens(
                 "with the tokenizer that the model was trained with"
             )
 
-# %% ../nbs/transformer.ipynb #2b8fa45d
+# %% ../nbs/transformer.ipynb #2e4e9e76
 def check_cache(
     tokens: Tensor,  # (B, T)
     cache: KVCache | None,  # as passed to GPT.forward
     n_new: Sequence[int] | None,  # as passed to GPT.forward
+    cfg: GPTConfig,  # of the model
 ) -> None:
-    """Raise ValueError for a cache that is missing or of another batch."""
+    """Raise ValueError for a cache that is missing or of another model."""
     if cache is None and n_new is not None:
         raise ValueError(
             f"n_new={list(n_new)} marks padding for a cache, and there is "
@@ -589,6 +590,17 @@ def check_cache(
             f"tokens has {tokens.shape[0]} rows and the cache "
             f"{len(cache.lengths)}; make one with model.new_cache"
             f"({tokens.shape[0]}), or choose rows with cache.select"
+        )
+    if cache is None:
+        return
+    L, _, heads, _, width = cache.keys.shape
+    has = (L, heads, width, cache.window, cache.n_sinks)
+    needs = (cfg.n_layers, cfg.n_kv_heads, cfg.head_dim, cfg.sliding_window,
+             cfg.n_sinks)
+    if has != needs:
+        raise ValueError(
+            f"the cache has (layers, key heads, width, window, sinks) {has}, "
+            f"the model {needs}; make one with model.new_cache"
         )
 
 

@@ -1,6 +1,7 @@
 """Encoders, decoders and both: who sees whom, whatever the config."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -387,6 +388,12 @@ def test_translate_writes_the_likeliest_word():
         wanted = [r[1:r.index(end, 1)] if end in r[1:] else r[1:]
                   for r in rows]
         assert got == wanted
+    cfg = replace(model.cfg, dropout=0.5)  # nor does it drop in training
+    dropping = EncoderDecoder(cfg, seed=0).train()
+    given = (source, lengths)
+    calls = [dropping.translate(*given, start_id=1, end_id=2)
+             for _ in range(4)]
+    assert calls == [calls[0]] * 4 and dropping.training
     for n in (0, L + 1):
         with pytest.raises(ValueError, match="max_new_tokens"):
             model.translate(source, lengths, start_id=1, end_id=2,

@@ -160,6 +160,8 @@ def test_rewind_to_a_prefix(data, cfg):
         with pytest.raises(ValueError, match="overwritten"):
             cache.rewind(keep)
         keep = 0
+    with pytest.raises(ValueError, match="length="):
+        cache.rewind(float(keep))
     cache.rewind(keep)
     assert cache.lengths == [keep] * 3
     with torch.no_grad():

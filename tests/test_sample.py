@@ -330,6 +330,12 @@ def test_the_cache_changes_nothing(fields, stop, seed, n_prompt):
     assert pieces[0] == pieces[1]
 
 
+def test_a_number_of_tokens_is_whole():
+    for n in (2.5, -1, "3", True):
+        with pytest.raises(ValueError, match="max_new_tokens"):
+            generate(Causal(), torch.tensor([[1]]), n)
+
+
 def test_a_large_head_is_turned_and_gives_the_same():
     model = GPT(GPTConfig(2**16, 50, 256, 1, 2), seed=0)
     prompt = torch.randint(2**16, (1, 5))
@@ -346,6 +352,7 @@ def test_a_large_head_is_turned_and_gives_the_same():
         several = NextLogits(model, 50)
         rows = prompt.expand(2, -1)
         torch.testing.assert_close(several(rows), model(rows)[:, -1])
+        assert several.head is None
 
 
 def test_a_cached_step_sees_one_token():

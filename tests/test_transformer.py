@@ -551,7 +551,15 @@ def test_caches_that_do_not_fit():
         model(ids(), n_new=[9, 3])
     with pytest.raises(ValueError, match="2 rows.*3.*cache.select"):
         model(ids(), model.new_cache(3))
-    check_cache(ids(), None, None)
+    check_cache(ids(), None, None, model.cfg)
+    rope = tiny(positions="rope")
+    for other in ({"sliding_window": 3}, {"n_layers": rope.n_layers + 1},
+                  {"n_kv_heads": 1},
+                  {"sliding_window": 3, "n_sinks": 1}):
+        cache = GPT(tiny(positions="rope", **other), seed=0).new_cache(
+            len(ids()))
+        with pytest.raises(ValueError, match="the cache has.*new_cache"):
+            GPT(rope, seed=0)(ids(), cache)
     with pytest.raises(ValueError, match="max_length=13.*12"):
         model.new_cache(1, 13)
     assert GPT(tiny(positions="rope")).new_cache(1, 13).max_length == 13
