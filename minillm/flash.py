@@ -230,7 +230,7 @@ def _backward_in_tiles(
         store("dv", dv[..., cols, :])
     return tuple(g.to(q.dtype) for g in (dq, dk, dv))
 
-# %% ../nbs/flash.ipynb #23129f44
+# %% ../nbs/flash.ipynb #9a42a4c9
 def _check_inputs(q, k, v, mask, causal, tile) -> None:
     """Raise ValueError for what `flash_attention` cannot take."""
     named = (("q", q), ("k", k), ("v", v))
@@ -246,7 +246,8 @@ def _check_inputs(q, k, v, mask, causal, tile) -> None:
             "and v (..., S, C) of one floating-point type"
         )
     T, S = q.shape[-2], k.shape[-2]
-    whole = isinstance(tile, tuple) and all(type(n) is int for n in tile)
+    whole = isinstance(tile, (tuple, list)) and all(
+        type(n) is int for n in tile)
     if not whole or len(tile) != 2 or min(tile) < 1:
         raise ValueError(f"tile is {tile}; give two sizes of at least 1")
     outer = [x.shape[:-2] for x in (q, k, v)]
