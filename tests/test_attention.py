@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tensors import outputs_and_gradients, randn
 from torch import nn
 from torch.testing import assert_close
 
@@ -34,18 +35,6 @@ NBS = Path(__file__).resolve().parents[1] / "nbs"
 TIGHT = {"rtol": 1e-10, "atol": 1e-12}
 LOOSE = {"rtol": 1e-4, "atol": 1e-5}
 sizes = st.integers(1, 9)
-
-
-def randn(*shape, seed=0, dtype=torch.float64):
-    g = torch.Generator().manual_seed(seed)
-    return torch.randn(*shape, dtype=dtype, generator=g)
-
-
-def outputs_and_gradients(fn, *inputs):
-    inputs = [z.clone().requires_grad_() for z in inputs]
-    out = fn(*inputs)
-    grad = randn(*out.shape, seed=9).to(out.dtype)
-    return [out, *torch.autograd.grad(out, inputs, grad)]
 
 
 def as_torch(ours, d_model):

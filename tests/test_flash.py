@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tensors import outputs_and_gradients, randn
 from torch.testing import assert_close
 
 from minillm.attention import attention, causal_mask
@@ -26,18 +27,6 @@ from minillm.flash import (
 TIGHT = {"rtol": 1e-9, "atol": 1e-11}
 sizes = st.integers(1, 20)
 tiles = st.tuples(st.integers(1, 24), st.integers(1, 24))
-
-
-def randn(*shape, seed=0, dtype=torch.float64):
-    g = torch.Generator().manual_seed(seed)
-    return torch.randn(*shape, dtype=dtype, generator=g)
-
-
-def outputs_and_gradients(fn, *inputs):
-    inputs = [z.clone().requires_grad_() for z in inputs]
-    out = fn(*inputs)
-    grad = randn(*out.shape, seed=9).to(out.dtype)
-    return [out, *torch.autograd.grad(out, inputs, grad)]
 
 
 @settings(max_examples=80)
