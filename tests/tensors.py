@@ -2,6 +2,21 @@
 
 import torch
 
+from minillm.transformer import GPTConfig
+
+TINY = GPTConfig(
+    vocab_size=50, context_length=24, d_model=32, n_layers=2, n_heads=2
+)
+EXACT = {  # weights of the presets
+    "gpt2": 124_439_808,
+    "gpt2-medium": 354_823_168,
+    "gpt2-large": 774_030_080,
+    "gpt2-xl": 1_557_611_200,
+    "shakespeare-10m": 10_745_472,
+    "tales-1m": 1_088_256,
+    "llama-tiny": 1_000_576,
+}
+
 
 def randn(*shape, seed=0, dtype=torch.float64):
     g = torch.Generator().manual_seed(seed)

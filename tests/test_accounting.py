@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tensors import EXACT, TINY
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -39,18 +40,6 @@ from minillm.transformer import (
     preset_fields,
 )
 
-TINY = GPTConfig(
-    vocab_size=50, context_length=24, d_model=32, n_layers=2, n_heads=2
-)
-SIZES = {
-    "gpt2": 124_439_808,
-    "gpt2-medium": 354_823_168,
-    "gpt2-large": 774_030_080,
-    "gpt2-xl": 1_557_611_200,
-    "shakespeare-10m": 10_745_472,
-    "tales-1m": 1_088_256,
-    "llama-tiny": 1_000_576,
-}
 # PyTorch warns that RMSNorm under autocast has no fused version.
 QUIET = "ignore:Mismatch dtype"
 
@@ -108,11 +97,11 @@ def loss_of(model, x, y, dtype="float32"):
     return F.cross_entropy(logits.float().flatten(0, 1), y.flatten())
 
 
-@pytest.mark.parametrize("name", SIZES)
+@pytest.mark.parametrize("name", EXACT)
 def test_presets_have_their_known_sizes(name):
-    assert set(SIZES) == set(preset_fields())
+    assert set(EXACT) == set(preset_fields())
     parts = parameter_breakdown(GPTConfig.preset(name))
-    assert sum(parts.values()) == SIZES[name]
+    assert sum(parts.values()) == EXACT[name]
 
 
 @settings(deadline=None, max_examples=60)
@@ -143,7 +132,7 @@ def counted_flops(cfg, B, T, backward):
     return mode.get_total_flops()
 
 
-@pytest.mark.parametrize("name", SIZES)
+@pytest.mark.parametrize("name", EXACT)
 def test_flops_of_presets_equal_the_flop_counter(name):
     cfg = GPTConfig.preset(name, dropout=0.0)
     for backward in (False, True):
@@ -282,7 +271,7 @@ def dry_peak(cfg, B, dtype):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("name", SIZES)
+@pytest.mark.parametrize("name", EXACT)
 def test_peak_of_every_preset_is_predicted_within_two_percent(name, dtype):
     cfg = GPTConfig.preset(name, dropout=0.0)
     memory = step_memory(cfg, 1, dtype=dtype)
@@ -395,17 +384,17 @@ def test_decode_bytes_by_hand():
     assert decode_bytes(loose, 9) == 4 * (weights + 4 * slot)
 
 
-@pytest.mark.parametrize("name", SIZES)
+@pytest.mark.parametrize("name", EXACT)
 def test_an_account_holds_and_prints_all(name):
     cfg = GPTConfig.preset(name, dropout=0.0)
     a = account(cfg, 2, dtype="bfloat16")
-    assert a.n_parameters == SIZES[name]
+    assert a.n_parameters == EXACT[name]
     assert a.step_flops == flops_per_token(cfg) * 2 * cfg.context_length
-    assert a.rule_ratio == flops_per_token(cfg) / (6 * SIZES[name])
+    assert a.rule_ratio == flops_per_token(cfg) / (6 * EXACT[name])
     cache = 2 * 2 * 2 * cfg.n_layers * cfg.n_kv_heads * cfg.head_dim
     assert a.kv_bytes == cache * cfg.context_length
     assert max(map(len, str(a).splitlines())) <= 79
-    assert f"{SIZES[name]:,} parameters" in str(a)
+    assert f"{EXACT[name]:,} parameters" in str(a)
 
 
 def test_an_account_of_a_windowed_model_counts_the_window():

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from tensors import TINY
 
 from minillm import scaling
 from minillm.accounting import flops_per_token
@@ -29,11 +30,8 @@ from minillm.scaling import (
     training_cost,
 )
 from minillm.train import cross_entropy
-from minillm.transformer import GPT, GPTConfig, count_parameters
+from minillm.transformer import GPT, count_parameters
 
-TINY = GPTConfig(
-    vocab_size=50, context_length=24, d_model=32, n_layers=2, n_heads=2
-)
 CONFIGS = [
     TINY,
     replace(TINY, n_kv_heads=1, activation="swiglu", norm="rms", bias=False),

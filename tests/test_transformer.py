@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tensors import EXACT
 from torch import nn
 from torch.testing import assert_close
 
@@ -35,14 +36,6 @@ from minillm.transformer import (
 )
 
 TIGHT = {"rtol": 1e-10, "atol": 1e-12}
-EXACT = {
-    "gpt2": 124_439_808,
-    "gpt2-medium": 354_823_168,
-    "gpt2-large": 774_030_080,
-    "gpt2-xl": 1_557_611_200,
-    "shakespeare-10m": 10_745_472,
-    "tales-1m": 1_088_256,
-}
 SWITCHES = [
     {}, {"norm_position": "post"}, {"norm": "rms"}, {"bias": False},
     {"activation": "relu"}, {"activation": "silu"},
