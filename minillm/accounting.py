@@ -7,7 +7,7 @@ __all__ = ['parameter_breakdown', 'flop_breakdown', 'flops_per_token', 'visible_
            'MemoryMeter', 'train_steps', 'StepMemory', 'step_memory', 'process_peak', 'generation_memory',
            'decode_flops', 'decode_bytes', 'Account', 'account', 'format_account']
 
-# %% ../nbs/accounting.ipynb #c5b6f2b8
+# %% ../nbs/accounting.ipynb #bd850c8e
 import json
 import os
 import subprocess
@@ -25,7 +25,12 @@ from torch.utils._pytree import tree_leaves
 
 import minillm
 from .kvcache import kv_cache_bytes
-from .transformer import GPT, GPTConfig, count_parameters
+from minillm.transformer import (
+    GPT,
+    GPTConfig,
+    check_field,
+    count_parameters,
+)
 
 # %% ../nbs/accounting.ipynb #69950d4f
 def parameter_breakdown(
@@ -51,7 +56,7 @@ def parameter_breakdown(
         "output head": 0 if cfg.tie_weights else V * D,
     }
 
-# %% ../nbs/accounting.ipynb #0722da69
+# %% ../nbs/accounting.ipynb #f4400b24
 def flop_breakdown(
     cfg: GPTConfig,  # the model's sizes
     context_length: int | None = None,  # T; None: the config's longest
@@ -77,21 +82,13 @@ def flop_breakdown(
 def _check_length(cfg: GPTConfig, context_length: int | None) -> int:
     """Return T; raise ValueError if the config does not allow it."""
     T = cfg.context_length if context_length is None else context_length
-    if not 1 <= T <= cfg.context_length:
+    if type(T) is not int or not 1 <= T <= cfg.context_length:
         raise ValueError(
-            f"context_length={T} is outside 1..{cfg.context_length}, what "
-            "the config allows; pass a smaller one or widen the config"
+            f"context_length={T!r} is outside 1..{cfg.context_length}, the "
+            "whole numbers that the config allows; pass one of them, or "
+            "widen the config"
         )
     return T
-
-
-def _check_batch(batch_size: int) -> None:
-    """Raise ValueError for a batch without rows."""
-    if batch_size < 1:
-        raise ValueError(
-            f"batch_size={batch_size} must be at least 1; pass the number of "
-            "rows in a step"
-        )
 
 
 def flops_per_token(
@@ -155,7 +152,7 @@ def _block_bytes(
     return {"attention": attention, "feed-forward": feed_forward,
             "norms": 2 * norm}
 
-# %% ../nbs/accounting.ipynb #439d2c2c
+# %% ../nbs/accounting.ipynb #f7a549e1
 def activation_bytes(
     cfg: GPTConfig,  # the model's sizes, and its dropout
     batch_size: int,  # B
@@ -171,7 +168,7 @@ def activation_bytes(
     Raises ValueError for another dtype and a batch without rows.
     """
     T = _check_length(cfg, context_length)
-    _check_batch(batch_size)
+    check_field("batch_size", batch_size, int)
     low = _width(dtype)
     V, D, L, n = cfg.vocab_size, cfg.d_model, cfg.n_layers, batch_size * T
     block = _block_bytes(cfg, batch_size, T, low)
@@ -402,7 +399,7 @@ def step_memory(
     return StepMemory(dtype, batch_size, T, weights, weights, 2 * weights,
                       kept, moments)
 
-# %% ../nbs/accounting.ipynb #5730db69
+# %% ../nbs/accounting.ipynb #af6e1302
 def process_peak(
     cfg: GPTConfig,  # the model to train
     batch_size: int,  # B
@@ -423,7 +420,7 @@ def process_peak(
             "tells a process its peak memory; use MemoryMeter instead"
         )
     T = _check_length(cfg, context_length)
-    _check_batch(batch_size)
+    check_field("batch_size", batch_size, int)
     _width(dtype)  # raises for another one
     job = {"cfg": asdict(cfg), "batch_size": batch_size, "T": T,
            "dtype": dtype}
@@ -460,7 +457,7 @@ def _status(key: str) -> int:
             return int(line.split()[1]) * 1024
     raise RuntimeError(f"/proc/self/status has no {key}")
 
-# %% ../nbs/accounting.ipynb #6dc345d8
+# %% ../nbs/accounting.ipynb #b92aab3a
 def generation_memory(
     cfg: GPTConfig,  # the model's sizes
     prompt_length: int,  # tokens that are read at once
@@ -468,23 +465,27 @@ def generation_memory(
     *,
     batch_size: int = 1,  # rows
     dtype: str = "float32",  # of weights and cache
-) -> dict[str, int]:  # weights, cache, work -> bytes; their sum is the peak
+) -> dict[str, int]:  # part -> bytes; their sum is the peak
     """Predict the memory of generating with a KV cache.
 
-    For one row in float32, `minillm.sample.generate` also keeps a turned
-    copy of a large output head: 4 V D bytes that are not counted here.
+    "turned head" is the copy of a large output head that
+    `minillm.sample.generate` keeps for one row in float32 and a long text.
     "work" is the widest moment of reading the prompt: a feed-forward layer
     or the scores of the last token's vocabulary. Raises ValueError for a
     prompt that the config or the cache cannot hold.
     """
     T, low = _check_length(cfg, prompt_length), _width(dtype)
-    _check_batch(batch_size)
+    check_field("batch_size", batch_size, int)
     slots = cfg.context_length if max_length is None else max_length
+    check_field("max_length", slots, int)
     if slots < T:
         raise ValueError(
             f"max_length={max_length} is less than prompt_length={T}; pass a "
             "longer one, which the cache is made for"
         )
+    V, D = cfg.vocab_size, cfg.d_model
+    turned = (batch_size == 1 and dtype == "float32" and slots - T >= 32
+              and V * D >= 2**24)  # as NextLogits.turned_head decides
     if cfg.sliding_window is not None:
         slots = min(slots, cfg.sliding_window + cfg.n_sinks)
     work = _prefill_bytes(cfg, batch_size, T, low)
@@ -492,7 +493,8 @@ def generation_memory(
         "weights": low * count_parameters(cfg),
         "cache": kv_cache_bytes(cfg.n_layers, cfg.n_kv_heads, cfg.head_dim,
                                 slots, batch_size, getattr(torch, dtype)),
-        "work": max(work, low * batch_size * cfg.vocab_size),
+        "turned head": 4 * V * D * turned,
+        "work": max(work, low * batch_size * V),
     }
 
 
@@ -516,7 +518,7 @@ def _prefill_bytes(
         attention += 12 * n * D
     return max(ffn, attention, made + low * n * D)
 
-# %% ../nbs/accounting.ipynb #18292fb1
+# %% ../nbs/accounting.ipynb #eae36906
 def decode_flops(
     cfg: GPTConfig,  # the model's sizes
     n_past: int,  # tokens in the cache
@@ -540,6 +542,7 @@ def decode_bytes(
     parts = parameter_breakdown(cfg)
     read = sum(parts.values()) - parts["position embedding"]
     read -= 0 if cfg.tie_weights else parts["token embedding"]
+    check_field("batch_size", batch_size, int)
     width, seen = _width(dtype), _n_seen(cfg, n_past)
     cache = kv_cache_bytes(cfg.n_layers, cfg.n_kv_heads, cfg.head_dim, seen,
                            batch_size, getattr(torch, dtype))
@@ -548,10 +551,10 @@ def decode_bytes(
 
 def _n_seen(cfg: GPTConfig, n_past: int) -> int:
     """Return how many keys a new token meets, its own included."""
-    if n_past < 0:
+    if type(n_past) is not int or n_past < 0:
         raise ValueError(
-            f"n_past={n_past} must be at least 0; pass how many tokens the "
-            "cache holds"
+            f"n_past={n_past!r} must be an int of at least 0; pass how many "
+            "tokens the cache holds"
         )
     if cfg.sliding_window is None:
         return n_past + 1

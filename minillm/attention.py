@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['causal_mask', 'reachability', 'attention_weights', 'attention', 'head_dim_of', 'split_heads', 'merge_heads',
-           'mask_for_heads', 'MultiHeadAttention', 'window_mask', 'padding_mask', 'prefix_mask']
+           'mask_for_heads', 'check_dropout', 'MultiHeadAttention', 'window_mask', 'padding_mask', 'prefix_mask']
 
 # %% ../nbs/attention.ipynb #8e297147
 import math
@@ -182,7 +182,17 @@ def mask_for_heads(
         )
     return mask.unsqueeze(1) if mask.ndim == 3 else mask
 
-# %% ../nbs/attention.ipynb #725aac7b
+# %% ../nbs/attention.ipynb #a67de8f1
+def check_dropout(
+    dropout: float,  # chance of dropping a number
+) -> None:
+    """Raise ValueError for a dropout that is no chance below 1."""
+    if not isinstance(dropout, (int, float)) or not 0.0 <= dropout < 1.0:
+        raise ValueError(
+            f"dropout={dropout!r} is outside [0, 1); 0.0 switches it off"
+        )
+
+
 class MultiHeadAttention(nn.Module):
     """Attend with several heads at once: self-attention or cross-attention.
 
@@ -202,8 +212,7 @@ class MultiHeadAttention(nn.Module):
     ):
         super().__init__()
         head_dim_of(d_model, n_heads)  # raises when it does not divide
-        if not 0.0 <= dropout < 1.0:
-            raise ValueError(f"dropout is {dropout}; choose 0 <= dropout < 1")
+        check_dropout(dropout)
         self.n_heads = n_heads
         self.dropout = dropout
         self.q_proj = nn.Linear(d_model, d_model, bias=bias)

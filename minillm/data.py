@@ -755,7 +755,7 @@ def near_duplicates(
     return NearDuplicates(np.array(labels, dtype=np.int64), pairs,
                           index.n_candidates)
 
-# %% ../nbs/data.ipynb #a2a12fed
+# %% ../nbs/data.ipynb #bd3f1f6a
 def _is_public(address: str) -> bool:
     """Tell whether text is an IP address of somebody's machine."""
     try:
@@ -837,7 +837,7 @@ def find_pii(
 
 def scrub(
     text: str,  # any text
-) -> tuple[str, Counter]:  # the text with placeholders, and their counts
+) -> tuple[str, Counter]:  # the text with marks instead, and their counts
     """Replace what `find_pii` finds by [EMAIL], [IP], [CARD] and so on.
 
     Example: scrub("mail me@firm.de")[0] -> "mail [EMAIL]"

@@ -7,7 +7,7 @@ __all__ = ['evaluating', 'hooked', 'stream_states', 'residual_rms', 'BlockWrites
            'mean_loss', 'gradient_norms', 'previous_token_batches', 'check_copies', 'train_copies', 'survived',
            'position_similarity', 'paired_interval', 'without_blocks', 'skip_losses']
 
-# %% ../nbs/depth.ipynb #ac49269c
+# %% ../nbs/depth.ipynb #663cb3f3
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, stack_module_state, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from .layers import IGNORE_INDEX
 from .transformer import GPT
 
 # %% ../nbs/depth.ipynb #a244fcc2
@@ -151,11 +152,11 @@ def remove_norms(
         block.attn_norm = block.ffn_norm = nn.Identity()
     model.norm = nn.Identity()
 
-# %% ../nbs/depth.ipynb #cc3f7e88
+# %% ../nbs/depth.ipynb #b4738e05
 def mean_loss(
     model: GPT,
     tokens: Tensor,  # (B, T) ids
-    targets: Tensor,  # (B, T) ids; -100 is not scored
+    targets: Tensor,  # (B, T) ids; IGNORE_INDEX is not scored
 ) -> Tensor:  # scalar, nats per target
     """Return the cross-entropy of the next-token predictions."""
     if targets.shape != tokens.shape:
@@ -163,13 +164,14 @@ def mean_loss(
             f"targets have shape {tuple(targets.shape)} and tokens "
             f"{tuple(tokens.shape)}; pass one target for each token"
         )
-    return F.cross_entropy(model(tokens).flatten(0, 1), targets.flatten())
+    return F.cross_entropy(model(tokens).flatten(0, 1), targets.flatten(),
+                           ignore_index=IGNORE_INDEX)
 
-# %% ../nbs/depth.ipynb #5396e935
+# %% ../nbs/depth.ipynb #5ffcf54a
 def gradient_norms(
     model: GPT,
     tokens: Tensor,  # (B, T) ids
-    targets: Tensor,  # (B, T) ids; -100 is not scored
+    targets: Tensor,  # (B, T) ids; IGNORE_INDEX is not scored
 ) -> Tensor:  # (n_layers,) norm of the loss's gradient in each block
     """Measure gradients block by block; leaves every `.grad` alone.
 
@@ -190,7 +192,7 @@ def gradient_norms(
         for group in groups
     ])
 
-# %% ../nbs/depth.ipynb #10e0ff90
+# %% ../nbs/depth.ipynb #bd85f7f5
 def previous_token_batches(
     n_steps: int,  # how many batches
     batch_size: int,  # B
@@ -200,18 +202,19 @@ def previous_token_batches(
 ) -> list[tuple[Tensor, Tensor]]:  # tokens and targets, each (B, T)
     """Make uniformly random tokens, each one the target of its successor.
 
-    The first position has no target (-100). Chance is ln V nats; 0 can be
-    reached, but only by looking one position back.
+    The first position's target is IGNORE_INDEX. Chance is ln V nats; 0 can
+    be reached, but only by looking one position back.
     """
     if T < 2:
         raise ValueError(f"T={T} leaves nothing to predict; use at least 2")
     generator = torch.Generator().manual_seed(seed)
     batches = []
     for _ in range(n_steps):
-        x = torch.randint(vocab_size, (batch_size, T), generator=generator)
-        y = torch.full_like(x, -100)
-        y[:, 1:] = x[:, :-1]
-        batches.append((x, y))
+        tokens = torch.randint(
+            vocab_size, (batch_size, T), generator=generator)
+        targets = torch.full_like(tokens, IGNORE_INDEX)
+        targets[:, 1:] = tokens[:, :-1]
+        batches.append((tokens, targets))
     return batches
 
 # %% ../nbs/depth.ipynb #d661016d
@@ -235,7 +238,7 @@ def check_copies(
             "number, or one for each"
         )
 
-# %% ../nbs/depth.ipynb #61ab0073
+# %% ../nbs/depth.ipynb #3fdd0f6c
 def train_copies(
     models: Sequence[GPT],  # equal in shape; trained in place
     batches: Sequence[tuple[Tensor, Tensor]],  # tokens, targets; one a step
@@ -261,17 +264,20 @@ def train_copies(
     optimizer = torch.optim.AdamW(
         params.values(), lr=1.0, betas=betas, weight_decay=weight_decay)
 
-    def loss_of(one: dict[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
+    def loss_of(
+        one: dict[str, Tensor], tokens: Tensor, targets: Tensor
+    ) -> Tensor:
         """Return the loss of the copy that has the weights `one`."""
-        logits = functional_call(models[0], one, (x,))
-        return F.cross_entropy(logits.flatten(0, 1), y.flatten())
+        logits = functional_call(models[0], one, (tokens,))
+        return F.cross_entropy(logits.flatten(0, 1), targets.flatten(),
+                               ignore_index=IGNORE_INDEX)
 
     all_losses = vmap(loss_of, (0, None, None), randomness="different")
     curves = []
     with torch.random.fork_rng(devices=[]), sdpa_kernel(SDPBackend.MATH):
         torch.manual_seed(seed)
-        for step, (x, y) in enumerate(batches, start=1):
-            losses = all_losses(params, x, y)  # (n_copies,)
+        for step, (tokens, targets) in enumerate(batches, start=1):
+            losses = all_losses(params, tokens, targets)  # (n_copies,)
             curves.append(losses.detach())
             optimizer.zero_grad()
             losses.sum().backward()  # no copy's weights touch another's loss
@@ -334,7 +340,7 @@ def paired_interval(
     half = quantiles[n - 2] * d.std().item() / math.sqrt(n)
     return mean, mean - half, mean + half
 
-# %% ../nbs/depth.ipynb #30f8899c
+# %% ../nbs/depth.ipynb #769a202e
 @contextmanager
 def without_blocks(
     model: GPT,
@@ -360,7 +366,7 @@ def without_blocks(
 def skip_losses(
     model: GPT,
     tokens: Tensor,  # (B, T) ids
-    targets: Tensor,  # (B, T) ids; -100 is not scored
+    targets: Tensor,  # (B, T) ids; IGNORE_INDEX is not scored
 ) -> Tensor:  # (n_layers,) nats by which the loss rises without each block
     """Measure how much each block carries, by leaving it out; dropout off."""
     rises = []

@@ -6,9 +6,9 @@
 __all__ = ['check_mask_config', 'masked_hidden', 'pad_batch', 'Encoder', 'source_mask', 'mask_tokens', 'DecoderBlock', 'Memory',
            'EncoderDecoder', 'join_pairs', 'prefix_logits']
 
-# %% ../nbs/families.ipynb #863e4735
+# %% ../nbs/families.ipynb #9a291946
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -25,7 +25,7 @@ from minillm.attention import (
 )
 from .depth import evaluating
 from .kvcache import KVCache, Remember, attend
-from .layers import make_norm
+from .layers import IGNORE_INDEX, make_norm
 from minillm.transformer import (
     GPT,
     GPTConfig,
@@ -35,7 +35,7 @@ from minillm.transformer import (
     tell_places,
 )
 
-# %% ../nbs/families.ipynb #6bfe9feb
+# %% ../nbs/families.ipynb #e4d464b5
 def check_mask_config(
     cfg: GPTConfig,  # of a model that gets a mask from outside
 ) -> None:
@@ -66,6 +66,12 @@ def masked_hidden(
     check_tokens(tokens, model.cfg)
     T = tokens.shape[1]
     mask = mask_for_heads(mask, T, T)
+    if mask is not None and mask.ndim == 4 and len(mask) not in (
+            1, len(tokens)):
+        raise ValueError(
+            f"the mask has {len(mask)} rows for {len(tokens)} of tokens; pass "
+            "one for each of them, or one for all"
+        )
     places = torch.arange(T, device=tokens.device)
     x = model.embed(tokens)  # (B, T, D)
     context = tell_places(model.cfg, places, places, mask, x.dtype)
@@ -148,7 +154,7 @@ def source_mask(
         )
     return padding_mask(lengths, S)
 
-# %% ../nbs/families.ipynb #3dcc3bca
+# %% ../nbs/families.ipynb #7ed2b9f7
 def mask_tokens(
     tokens: Tensor,  # (B, S) ids
     mask_id: int,  # the id that stands for a hidden token
@@ -156,7 +162,7 @@ def mask_tokens(
     *,
     n_special: int = 1,  # ids below are never chosen and never drawn
     rate: float = 0.15,  # chance of a token to become a target
-    ignore_index: int = -100,  # the target where nothing is asked
+    ignore_index: int = IGNORE_INDEX,  # the target where nothing is asked
     generator: torch.Generator | None = None,  # None: torch's global one
 ) -> tuple[Tensor, Tensor]:  # inputs and targets, both (B, S)
     """Choose targets; hide 80% of them, replace 10%, leave 10% as they are.
@@ -184,18 +190,26 @@ def mask_tokens(
                            generator=generator, device=tokens.device)
     return torch.where(asked & (how >= 0.9), others, inputs), targets
 
-# %% ../nbs/families.ipynb #ceb8811d
+# %% ../nbs/families.ipynb #5543bf4c
 class DecoderBlock(TransformerBlock):
     """A transformer block that also looks at a source: cross-attention.
 
     Between self-attention and feed-forward, each target position asks the
     encoder's output. Vaswani et al., 2017, arXiv:1706.03762, section 3.1.
+    Raises ValueError for grouped heads and for QK-norm.
     """
 
     def __init__(
         self,
         cfg: GPTConfig,  # sizes, norms, activation, dropout
     ):
+        if cfg.qk_norm or cfg.n_kv_heads != cfg.n_heads:
+            raise ValueError(
+                f"n_kv_heads={cfg.n_kv_heads} for n_heads={cfg.n_heads} with "
+                f"qk_norm={cfg.qk_norm}: cross-attention has a key head for "
+                "each query head, and no norm; set n_kv_heads=None and "
+                "qk_norm=False"
+            )
         super().__init__(cfg)
         self.cross_norm = make_norm(cfg.norm, cfg.d_model, cfg.norm_eps,
                                     cfg.bias)
@@ -258,7 +272,7 @@ class Memory:
         return sum(t.numel() * t.itemsize
                    for pair in self.keys_values for t in pair)
 
-# %% ../nbs/families.ipynb #7b9c7e8a
+# %% ../nbs/families.ipynb #b853757b
 class EncoderDecoder(nn.Module):
     """Read a source with an encoder, write a target with a decoder.
 
@@ -276,13 +290,13 @@ class EncoderDecoder(nn.Module):
         self.cfg = cfg
         device = torch.get_default_device()
         with torch.device("meta"):  # shapes only, as in GPT
-            self.encoder, self.decoder = Encoder(cfg), GPT(cfg)
+            self.encoder = Encoder(replace(cfg, tie_weights=False))
+            self.encoder.gpt.lm_head = nn.Identity()  # it guesses nothing
+            self.decoder = GPT(cfg)
             self.decoder.blocks = nn.ModuleList(
                 DecoderBlock(cfg) for _ in range(cfg.n_layers))
         self.to_empty(device=device)
-        shared = self.decoder.tok_emb
-        self.encoder.gpt.tok_emb = shared
-        self.encoder.gpt.lm_head.weight = shared.weight  # unused here
+        self.encoder.gpt.tok_emb = self.decoder.tok_emb
         self.decoder.tie()
         init_weights(self, seed)
 
@@ -366,14 +380,14 @@ class EncoderDecoder(nn.Module):
         return [row[:row.index(end_id)] if end_id in row else row
                 for row in rows]
 
-# %% ../nbs/families.ipynb #a8721064
+# %% ../nbs/families.ipynb #1b59e4c9
 def join_pairs(
     sources: Sequence[Sequence[int]],  # ids of each source
     targets: Sequence[Sequence[int]],  # ids of each target, its end included
     start_id: int,  # stands between the two
     *,
     pad_id: int = 0,  # fills the short rows up on the right
-    ignore_index: int = -100,  # the target where nothing is asked
+    ignore_index: int = IGNORE_INDEX,  # the target where nothing is asked
 ) -> tuple[Tensor, Tensor, Tensor]:  # (B, T), (B, T), (B,)
     """Write each pair as one row: tokens, next-token targets, prefixes.
 

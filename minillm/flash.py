@@ -230,7 +230,20 @@ def _backward_in_tiles(
         store("dv", dv[..., cols, :])
     return tuple(g.to(q.dtype) for g in (dq, dk, dv))
 
-# %% ../nbs/flash.ipynb #9a42a4c9
+# %% ../nbs/flash.ipynb #8a460554
+def _check_plan(T, S, tile, causal) -> None:
+    """Raise ValueError for tiles that cannot be, or queries without keys."""
+    whole = isinstance(tile, (tuple, list)) and all(
+        type(n) is int for n in tile)
+    if not whole or len(tile) != 2 or min(tile) < 1:
+        raise ValueError(f"tile is {tile}; give two sizes of at least 1")
+    if causal and S < T:
+        raise ValueError(
+            f"S={S} keys for T={T} queries: with causal every query needs "
+            "itself among the keys, so pass S >= T"
+        )
+
+
 def _check_inputs(q, k, v, mask, causal, tile) -> None:
     """Raise ValueError for what `flash_attention` cannot take."""
     named = (("q", q), ("k", k), ("v", v))
@@ -246,10 +259,7 @@ def _check_inputs(q, k, v, mask, causal, tile) -> None:
             "and v (..., S, C) of one floating-point type"
         )
     T, S = q.shape[-2], k.shape[-2]
-    whole = isinstance(tile, (tuple, list)) and all(
-        type(n) is int for n in tile)
-    if not whole or len(tile) != 2 or min(tile) < 1:
-        raise ValueError(f"tile is {tile}; give two sizes of at least 1")
+    _check_plan(T, S, tile, causal)
     outer = [x.shape[:-2] for x in (q, k, v)]
     try:
         torch.broadcast_shapes(*outer)
@@ -258,11 +268,6 @@ def _check_inputs(q, k, v, mask, causal, tile) -> None:
             f"the outer dimensions {[tuple(s) for s in outer]} of q, k and v "
             "do not broadcast; make them equal, or 1"
         ) from None
-    if causal and S < T:
-        raise ValueError(
-            f"S={S} keys for T={T} queries: with causal every query needs "
-            "itself among the keys, so pass S >= T"
-        )
     if mask is not None and (
         mask.dtype != torch.bool
         or any(m not in (1, n) for m, n in zip(mask.shape[::-1], (S, T)))
@@ -318,7 +323,15 @@ def flash_attention(
     plan = TilePlan(T, S, tuple(tile), causal, mask)
     return _FlashAttention.apply(q, k, v, plan, traffic or Traffic())
 
-# %% ../nbs/flash.ipynb #3ed8ec70
+# %% ../nbs/flash.ipynb #9b950dcf
+def _check_sizes(least: int, **sizes: int) -> None:
+    """Raise ValueError for a size that is not whole, or too small."""
+    for name, n in sizes.items():
+        if type(n) is not int or n < least:
+            raise ValueError(
+                f"{name}={n!r} must be an int of at least {least}; pass one")
+
+
 def flash_traffic(
     T: int,  # queries
     S: int,  # keys
@@ -329,20 +342,28 @@ def flash_traffic(
     """Count what the forward pass of `flash_attention` moves, for one head.
 
     Dao et al., 2022, arXiv:2205.14135, theorem 2, with the constants.
+    Raises ValueError for sizes that cannot be.
     """
+    _check_sizes(0, T=T, S=S)
+    _check_sizes(1, K=K)
+    _check_plan(T, S, tile, causal)
     met = [S] * -(-T // tile[0])  # keys that each tile of queries meets
     if causal:
         last = [rows.stop + S - T for rows in _spans(T, tile[0])]
         met = [min(S, -(-n // tile[1]) * tile[1]) for n in last]
     return 2 * T * K + T + 2 * K * sum(met)
 
-# %% ../nbs/flash.ipynb #f244bc1a
+# %% ../nbs/flash.ipynb #718d3571
 def tile_that_fits(
     capacity: int,  # numbers the fast memory holds
     K: int,  # width of queries, keys and values
     key_tile: int = 16,  # keys of a tile
 ) -> tuple[int, int]:  # queries and keys of a tile
-    """Return the tallest tile of `flash_attention` for a fast memory."""
+    """Return the tallest tile of `flash_attention` for a fast memory.
+
+    Raises ValueError for a memory that holds no tile at all.
+    """
+    _check_sizes(1, capacity=capacity, K=K, key_tile=key_tile)
     rows = (capacity - 2 * K * key_tile) // (2 * K + 2 + key_tile)
     if rows < 1:
         raise ValueError(

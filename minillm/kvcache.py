@@ -7,7 +7,7 @@ __all__ = ['Remember', 'EMPTY', 'visible', 'attend', 'Linear', 'CausalSelfAttent
            'slot_of', 'held_positions', 'CacheStep', 'offered_keys', 'places_to_fill', 'plan_pass', 'check_cache_sizes',
            'check_n_new', 'check_new_keys', 'KVCache']
 
-# %% ../nbs/kvcache.ipynb #69dd09b5
+# %% ../nbs/kvcache.ipynb #547c5f7a
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -16,7 +16,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .attention import head_dim_of, merge_heads, split_heads
+from minillm.attention import (
+    check_dropout,
+    head_dim_of,
+    merge_heads,
+    split_heads,
+)
 from .positions import apply_rope
 
 # %% ../nbs/kvcache.ipynb #9dcb4ddb
@@ -98,7 +103,7 @@ class Linear(nn.Linear):
                else torch.addmv(bias, weight, row))  # (out,)
         return out.view(*x.shape[:-1], -1)
 
-# %% ../nbs/kvcache.ipynb #fb6e35f9
+# %% ../nbs/kvcache.ipynb #97f35bbd
 Remember = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
@@ -130,6 +135,7 @@ class CausalSelfAttention(nn.Module):
                 "every key head serves equally many query heads, so choose a "
                 "divisor of n_heads"
             )
+        check_dropout(dropout)
         self.n_heads, self.n_kv_heads = n_heads, n_kv_heads
         self.dropout = dropout
         self.q_proj = Linear(d_model, d_model, bias=bias)
@@ -231,7 +237,7 @@ def held_positions(
     turns = turns.where(slots >= n_sinks, 0)  # a sink never moves on
     return (slots + turns * ring).where(slots <= last, EMPTY)
 
-# %% ../nbs/kvcache.ipynb #74f2aeec
+# %% ../nbs/kvcache.ipynb #b93a3513
 @dataclass(frozen=True)
 class CacheStep:
     """What one forward pass has to know of the cache."""
@@ -243,8 +249,9 @@ class CacheStep:
     slot: int | None  # first slot of the new tokens, if they lie together
     places: Tensor | None  # else (3, N): row, which new token, its slot
     n_new: tuple[int, ...]  # real new tokens of each row
+    turns: bool = False  # whether storing them overwrites old tokens
 
-# %% ../nbs/kvcache.ipynb #d2aa0ca5
+# %% ../nbs/kvcache.ipynb #e8bf6088
 def offered_keys(
     lengths: Sequence[int],  # tokens remembered, row by row
     ends: Sequence[int],  # the same after the pass
@@ -266,8 +273,7 @@ def offered_keys(
         return "slots", held
     return "both", torch.cat((held, positions), dim=-1)
 
-
-# %% ../nbs/kvcache.ipynb #2536b0db
+# %% ../nbs/kvcache.ipynb #eb0da022
 def places_to_fill(
     lengths: Sequence[int],  # tokens remembered, row by row
     ends: Sequence[int],  # the same after the pass
@@ -283,8 +289,7 @@ def places_to_fill(
     ]
     return torch.tensor(places, dtype=torch.int64).reshape(-1, 3).T
 
-
-# %% ../nbs/kvcache.ipynb #66335b21
+# %% ../nbs/kvcache.ipynb #0397a850
 def plan_pass(
     lengths: Sequence[int],  # tokens remembered, row by row
     T: int,  # new tokens of each row, padding included
@@ -316,7 +321,7 @@ def plan_pass(
     else:
         places = places_to_fill(lengths, ends, n_slots, n_sinks).to(device)
     return CacheStep(positions, key_positions, mask, offers, slot, places,
-                     tuple(n_new))
+                     tuple(n_new), max(ends) > n_slots)
 
 # %% ../nbs/kvcache.ipynb #206d881b
 def check_cache_sizes(
@@ -374,7 +379,7 @@ def check_new_keys(
             "the model under torch.no_grad(), or train without a cache"
         )
 
-# %% ../nbs/kvcache.ipynb #d0c71dd2
+# %% ../nbs/kvcache.ipynb #23c7f38a
 class KVCache:
     """Keys and values of every layer, kept between forward passes.
 
@@ -429,8 +434,6 @@ class KVCache:
         self.step = plan_pass(self.lengths, T, n_new, self.n_slots,
                               self.window, self.n_sinks, self.keys.device)
         self.waiting = {}
-        self.turned = self.turned or self.n_slots < max(
-            start + n for start, n in zip(self.lengths, n_new))
         return self.step
 
     def remember(
@@ -464,6 +467,7 @@ class KVCache:
     def _write(self, layer: int, k: Tensor, v: Tensor) -> None:
         """Put the new keys and values of a layer into their slots."""
         step = self.step
+        self.turned = self.turned or step.turns
         for store, new in ((self.keys[layer], k), (self.values[layer], v)):
             if step.slot is not None:
                 store.narrow(2, step.slot, new.shape[2]).copy_(new)
@@ -482,18 +486,23 @@ class KVCache:
 
     def select(
         self,
-        rows: Tensor,  # (B,) bool or (N,) indices, which may repeat
+        rows: Tensor | Sequence[int],  # (B,) bool, or (N,) indices
     ) -> None:
-        """Keep some rows of the batch, for instance unfinished ones."""
+        """Keep some rows of the batch, for instance unfinished ones.
+
+        An index may repeat. Raises ValueError for what selects no rows.
+        """
         B = len(self.lengths)
         try:
-            kept = torch.arange(B)[rows.cpu()].tolist()
-        except IndexError:
+            rows = torch.as_tensor(rows)
+            kept = torch.arange(B)[rows.cpu()].tolist() if rows.ndim else []
+        except (IndexError, RuntimeError, TypeError, ValueError):
             kept = []
-        if not kept:
+        if not kept or rows.ndim != 1:
+            given = rows.tolist() if isinstance(rows, Tensor) else rows
             raise ValueError(
-                f"rows={rows.tolist()} select none of {B} rows; pass {B} "
-                f"bools with one True at least, or indices below {B}"
+                f"rows={given} select none of {B} rows; pass {B} bools with "
+                f"one True at least, or a row of indices below {B}"
             )
         self.keys, self.values = self.keys[:, kept], self.values[:, kept]
         self.lengths = [self.lengths[i] for i in kept]

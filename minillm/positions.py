@@ -135,7 +135,7 @@ class _Turn(torch.autograd.Function):
         cos, sin = ctx.saved_tensors
         return _Turn.apply(grad, cos, -sin, ctx.layout), None, None, None
 
-# %% ../nbs/positions.ipynb #798c4e1b
+# %% ../nbs/positions.ipynb #5131065f
 def apply_rope(
     x: Tensor,  # (B, H, T, K) queries or keys
     cos: Tensor,  # (T, K / 2) or (B, 1, T, K / 2), or narrower
@@ -154,7 +154,14 @@ def apply_rope(
             f"layout={layout!r} is unknown; choose 'half' or 'interleaved'"
         )
     (T, K), R = x.shape[-2:], 2 * cos.shape[-1]
-    if R > K or cos.shape[-2] != T:
+    outer = list(zip(cos.shape[-3::-1], x.shape[-3::-1]))  # from the right
+    if cos.ndim > x.ndim or any([n not in (1, m) for n, m in outer]):
+        raise ValueError(
+            f"tables of shape {tuple(cos.shape)} are not for the rows of x, "
+            f"{tuple(x.shape)}; pass rope_tables positions of shape (T,), or "
+            "(B, T) with the B of x"
+        )
+    if R > K or cos.shape[-2] != T or sin.shape != cos.shape:
         raise ValueError(
             f"tables for {cos.shape[-2]} positions and {R} coordinates do not "
             f"fit x with T={T}, K={K}; make them with rope_tables(positions, "
@@ -206,7 +213,7 @@ def convert_rope(
     heads = torch.cat((heads[:, order], heads[:, turning:]), dim=1)
     return heads.flatten(0, 1)
 
-# %% ../nbs/positions.ipynb #d720fecf
+# %% ../nbs/positions.ipynb #7dc5ca1d
 def scale_frequencies(
     freqs: Tensor,  # (K / 2,) radians per position
     scaling: dict[str, Any],  # keys of Hugging Face's `rope_scaling`
@@ -218,7 +225,8 @@ def scale_frequencies(
     "original_max_position_embeddings"; other keys are not read. Raises
     ValueError for another type, a missing key or an impossible number.
     """
-    kind = scaling.get("rope_type", scaling.get("type"))
+    kind = (scaling.get("rope_type", scaling.get("type"))
+            if isinstance(scaling, dict) else None)
     if kind not in ("default", "linear", "llama3"):
         raise ValueError(
             f"rope_scaling={scaling!r} has no rope_type that is known; choose "
@@ -234,11 +242,13 @@ def scale_frequencies(
         raise ValueError(
             f"rope_scaling={scaling!r} lacks {missing}; {kind!r} needs {names}"
         )
-    factor, *rest = (float(scaling[name]) for name in names)
-    if factor < 1 or rest and not 0 < rest[0] < rest[1]:
+    factor, *rest = numbers = [scaling[name] for name in names]
+    good = all(type(n) in (int, float) and 0 < n < math.inf for n in numbers)
+    if not good or factor < 1 or rest and not rest[0] < rest[1]:
         raise ValueError(
-            f"rope_scaling={scaling!r} needs factor >= 1 and "
-            "0 < low_freq_factor < high_freq_factor; see the model's config"
+            f"rope_scaling={scaling!r} needs finite numbers > 0, factor >= 1 "
+            "and low_freq_factor < high_freq_factor; take the model's own, or "
+            "rope_scaling=None"
         )
     if kind == "linear":
         return freqs / factor

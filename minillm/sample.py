@@ -6,9 +6,10 @@
 __all__ = ['check_sampling', 'greedy', 'apply_temperature', 'apply_top_k', 'apply_top_p', 'apply_repetition_penalty',
            'sample_tokens', 'choose_tokens', 'NextLogits', 'next_tokens', 'generate', 'stream_text']
 
-# %% ../nbs/sampling.ipynb #91662eb7
+# %% ../nbs/sampling.ipynb #0aa94250
 import math
 from collections.abc import Iterator
+from numbers import Integral, Real
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from .evaluate import evaluating
 from .tokenizer import decode_pieces
 
-# %% ../nbs/sampling.ipynb #0eb9206e
+# %% ../nbs/sampling.ipynb #c370ce73
 def check_sampling(
     *,
     temperature: float = 1.0,      # >= 0
@@ -26,17 +27,22 @@ def check_sampling(
     repetition_penalty: float = 1.0,  # > 0
 ) -> None:
     """Raise ValueError, with the remedy, for a setting out of range."""
-    if not (math.isfinite(temperature) and temperature >= 0):
+    def finite(value: object) -> bool:
+        """Tell whether this is a number at all."""
+        return isinstance(value, Real) and math.isfinite(value)
+
+    if not (finite(temperature) and temperature >= 0):
         raise ValueError(
             f"temperature is {temperature}; use a finite number >= 0 "
             "(0 is greedy, 1 leaves the model's distribution as it is)")
-    if top_k is not None and (top_k < 1 or top_k != int(top_k)):
+    if top_k is not None and not (
+            isinstance(top_k, Integral) and top_k >= 1):
         raise ValueError(
             f"top_k is {top_k}; use a whole number >= 1, or None for all")
-    if top_p is not None and not 0 < top_p <= 1:
+    if top_p is not None and not (finite(top_p) and 0 < top_p <= 1):
         raise ValueError(
             f"top_p is {top_p}; use a number in (0, 1], or None for all")
-    if not (math.isfinite(repetition_penalty) and repetition_penalty > 0):
+    if not (finite(repetition_penalty) and repetition_penalty > 0):
         raise ValueError(
             f"repetition_penalty is {repetition_penalty}; use a number > 0 "
             "(1 is off, 1.2 is usual, below 1 rewards repetition)")
@@ -69,7 +75,7 @@ def apply_temperature(
         return greedy(shifted)
     return torch.where(shifted == 0, shifted, shifted / temperature)
 
-# %% ../nbs/sampling.ipynb #49e290b3
+# %% ../nbs/sampling.ipynb #f420ad18
 def apply_top_k(
     logits: Tensor,  # (..., V)
     top_k: int,      # how many to keep, >= 1; more than V keeps all
@@ -80,7 +86,7 @@ def apply_top_k(
     """
     check_sampling(top_k=top_k)
     order = logits.argsort(dim=-1, descending=True, stable=True)  # (..., V)
-    return logits.scatter(-1, order[..., int(top_k):], -torch.inf)
+    return logits.scatter(-1, order[..., top_k:], -torch.inf)
 
 
 def apply_top_p(
@@ -136,7 +142,7 @@ def sample_tokens(
     drawn = torch.multinomial(probs.to(device), 1, generator=generator)
     return drawn[:, 0].to(logits.device)
 
-# %% ../nbs/sampling.ipynb #addc4909
+# %% ../nbs/sampling.ipynb #66a84bfb
 def choose_tokens(
     logits: Tensor,    # (B, V) float32, of the position after `tokens`
     tokens: Tensor,    # (B, T) ids so far
@@ -151,8 +157,14 @@ def choose_tokens(
     """Apply the rules to logits and draw one id per row.
 
     Order: penalty, temperature, top-k, top-p. Each looks at what the one
-    before has left.
+    before has left. Raises ValueError for a stop_token that is no id.
     """
+    V = logits.shape[-1]
+    if stop_token is not None and not (
+            isinstance(stop_token, Integral) and 0 <= stop_token < V):
+        raise ValueError(
+            f"stop_token is {stop_token!r}; use an id in 0..{V - 1}, as the "
+            "tokenizer's end_of_text, or None to stop nowhere")
     if repetition_penalty != 1:
         lowered = apply_repetition_penalty(
             logits, tokens, repetition_penalty)
@@ -248,7 +260,7 @@ def next_tokens(
         logits = NextLogits(model, tokens.shape[1])(tokens)    # (B, V)
     return choose_tokens(logits, tokens, **settings)
 
-# %% ../nbs/sampling.ipynb #35451526
+# %% ../nbs/sampling.ipynb #001ad3bb
 def generate(
     model: nn.Module,     # maps (B, T) to (B, T, V); has .cfg.context_length
     tokens: Tensor,       # (B, T) prompts of one length, T >= 1
@@ -283,10 +295,11 @@ def generate(
     with evaluating(model):
         for _ in range(max_new_tokens if len(tokens) else 0):
             logits = next_logits(tokens[running])              # (R, V)
-            new = torch.full_like(tokens[:, 0], fill)          # (B,)
-            new[running] = choose_tokens(
+            chosen = choose_tokens(                            # (R,)
                 logits, tokens[running], stop_token=stop_token,
                 generator=generator, **settings)
+            new = torch.full_like(tokens[:, 0], fill)          # (B,)
+            new[running] = chosen
             tokens = torch.cat([tokens, new[:, None]], dim=1)  # (B, T+1)
             if stop_token is None:
                 continue

@@ -7,7 +7,7 @@ __all__ = ['GPTConfig', 'default_d_ff', 'check_field', 'check_config', 'check_po
            'count_parameters', 'GPT', 'find_places', 'tell_places', 'tied_names', 'init_weights', 'check_tokens',
            'check_cache', 'cache_sizes']
 
-# %% ../nbs/transformer.ipynb #93d6553a
+# %% ../nbs/transformer.ipynb #8d9d7a41
 import math
 from collections.abc import Sequence
 from dataclasses import MISSING, dataclass, field, fields
@@ -19,7 +19,9 @@ from typing import Any, Literal, get_args, get_origin
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
+from .attention import check_dropout
 from minillm.kvcache import (
     CausalSelfAttention,
     KVCache,
@@ -161,7 +163,7 @@ def check_field(
     if not good:
         raise ValueError(f"{name}={value!r} {wanted}")
 
-# %% ../nbs/transformer.ipynb #bc1fe9df
+# %% ../nbs/transformer.ipynb #203a81c2
 def check_config(
     cfg: GPTConfig,  # the config to check
 ) -> None:
@@ -181,10 +183,7 @@ def check_config(
             f"{cfg.n_heads}, and groups of heads are equally large; choose "
             "a divisor of n_heads"
         )
-    if not 0.0 <= cfg.dropout < 1.0:
-        raise ValueError(
-            f"dropout={cfg.dropout!r} is outside [0, 1); 0.0 switches it off"
-        )
+    check_dropout(cfg.dropout)
     if not cfg.norm_eps > 0.0:
         raise ValueError(f"norm_eps={cfg.norm_eps!r} must be > 0; try 1e-5")
     if cfg.n_sinks and cfg.sliding_window is None:
@@ -320,7 +319,7 @@ def count_parameters(
     blocks = cfg.n_layers * (attn + ffn + 2 * norm)
     return V * D + table + blocks + final_norm + head
 
-# %% ../nbs/transformer.ipynb #ef7f2754
+# %% ../nbs/transformer.ipynb #3783ed4d
 class GPT(nn.Module):
     """A decoder-only transformer: token ids in, next-token logits out.
 
@@ -349,6 +348,7 @@ class GPT(nn.Module):
             self.norm = (make_norm(cfg.norm, cfg.d_model, cfg.norm_eps,
                                    cfg.bias) if pre else nn.Identity())
             self.lm_head = Linear(cfg.d_model, cfg.vocab_size, bias=False)
+        self.checkpoint_blocks = False  # keep only each block's input
         self.to_empty(device=device)
         self.tie()
         self.register_load_state_dict_pre_hook(tied_names)
@@ -380,9 +380,13 @@ class GPT(nn.Module):
         places, keys, mask = find_places(self.cfg, tokens, cache, n_new)
         x = self.embed(tokens, None if cache is None else places)  # (B, T, D)
         context = tell_places(self.cfg, places, keys, mask, x.dtype)
+        again = self.checkpoint_blocks and self.training and cache is None
         for i, block in enumerate(self.blocks):
             remember = None if cache is None else partial(cache.remember, i)
-            x = block(x, *context, remember)  # (B, T, D)
+            run = block
+            if again:
+                run = partial(checkpoint, block, use_reentrant=False)
+            x = run(x, *context, remember)  # (B, T, D)
         if cache is not None:
             cache.commit()
         return self.norm(x)

@@ -16,6 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from minillm import sample
 from minillm.accounting import (
     MemoryMeter,
     account,
@@ -304,6 +305,36 @@ def test_sizes_that_cannot_be_are_refused():
         decode_bytes(TINY, -1)
     with pytest.raises(ValueError, match="int8"):
         train_steps(TINY, 1, 4, "int8")
+    for wrong in (0, -1, 2.0, "2"):
+        for call, name in (
+                (lambda n: account(TINY, n), "batch_size"),
+                (lambda n: account(TINY, 1, n), "context_length"),
+                (lambda n: generation_memory(TINY, n), "context_length"),
+                (lambda n: generation_memory(TINY, 4, n), "max_length"),
+                (lambda n: generation_memory(TINY, 4, batch_size=n),
+                 "batch_size"),
+                (lambda n: decode_bytes(TINY, 4, n), "batch_size"),
+                (lambda n: decode_bytes(TINY, n or -2), "n_past"),
+                (lambda n: decode_flops(TINY, n or -2), "n_past")):
+            with pytest.raises(ValueError, match=f"{name}="):
+                call(wrong)
+
+
+def test_a_turned_head_is_in_the_peak_of_generation():
+    cfg = GPTConfig(2**18, 64, 64, 1, 2)
+    model = GPT(cfg, seed=0).eval()
+    weights = sum(p.nbytes for p in model.parameters())
+    for n_new, copies in ((40, 1), (31, 0)):
+        with MemoryMeter(start=weights) as meter:
+            sample.generate(model, torch.ones(1, 8, dtype=torch.long), n_new,
+                            temperature=0)
+        parts = generation_memory(cfg, 8, 8 + n_new)
+        assert parts["turned head"] == copies * 4 * 2**24
+        assert sum(parts.values()) == pytest.approx(meter.peak, rel=0.05)
+    for more in ({"batch_size": 2}, {"dtype": "bfloat16"}):
+        assert generation_memory(cfg, 8, **more)["turned head"] == 0
+    small = replace(cfg, vocab_size=2**18 - 1)
+    assert generation_memory(small, 8)["turned head"] == 0
 
 
 def test_step_memory_adds_up_and_prints_narrow():

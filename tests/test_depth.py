@@ -27,6 +27,7 @@ from minillm.depth import (
     train_copies,
     without_blocks,
 )
+from minillm.layers import IGNORE_INDEX
 from minillm.transformer import GPT, GPTConfig
 
 V, T = 11, 6
@@ -324,7 +325,8 @@ def test_task(n, B, T, V, seed):
     for (x, y), (x2, y2) in zip(batches, again):
         assert torch.equal(x, x2) and torch.equal(y, y2)
         assert x.shape == y.shape == (B, T)
-        assert (y[:, 0] == -100).all() and torch.equal(y[:, 1:], x[:, :-1])
+        assert (y[:, 0] == IGNORE_INDEX).all()
+        assert torch.equal(y[:, 1:], x[:, :-1])
         assert 0 <= x.min() and x.max() < V
 
 

@@ -23,6 +23,7 @@ from minillm.families import (
     prefix_logits,
     source_mask,
 )
+from minillm.layers import IGNORE_INDEX
 from minillm.transformer import GPT, GPTConfig, count_parameters
 
 V, L = 29, 16  # vocabulary, context
@@ -30,18 +31,18 @@ CLOSE = dict(atol=1e-9, rtol=1e-7)
 
 
 @st.composite
-def configs(draw):
-    """Configs of every kind of norm, position and head that can be."""
+def configs(draw, plain=False):
+    """Configs of every kind of norm, position and (not plain) head."""
     return GPTConfig(
         vocab_size=V, context_length=L, d_model=16, n_heads=4,
         n_layers=draw(st.integers(1, 2)),
-        n_kv_heads=draw(st.sampled_from([4, 2, 1])),
+        n_kv_heads=4 if plain else draw(st.sampled_from([4, 2, 1])),
         positions=draw(st.sampled_from(
             ["none", "sinusoidal", "learned", "rope"])),
         norm=draw(st.sampled_from(["layer", "rms"])),
         norm_position=draw(st.sampled_from(["pre", "post"])),
         activation=draw(st.sampled_from(["gelu", "swiglu"])),
-        qk_norm=draw(st.booleans()), bias=draw(st.booleans()),
+        qk_norm=not plain and draw(st.booleans()), bias=draw(st.booleans()),
         tie_weights=draw(st.booleans()))
 
 
@@ -148,8 +149,8 @@ def test_pairs_by_hand():
     tokens, targets, prefixes = join_pairs(
         [[5, 6, 7], [8]], [[9, 2], [9, 8, 2]], 1)
     assert tokens.tolist() == [[5, 6, 7, 1, 9], [8, 1, 9, 8, 0]]
-    assert targets.tolist() == [[-100, -100, -100, 9, 2],
-                                [-100, 9, 8, 2, -100]]
+    no = IGNORE_INDEX
+    assert targets.tolist() == [[no, no, no, 9, 2], [no, 9, 8, 2, no]]
     assert prefixes.tolist() == [3, 1]
     for bad in (([[1]], []), ([[]], [[1]]), ([[1]], [[]]), ([], [])):
         with pytest.raises(ValueError):
@@ -208,7 +209,7 @@ def test_only_targets_change(rate, seed):
     inputs, targets = mask_tokens(
         tokens, 1, V, n_special=3, rate=rate,
         generator=torch.Generator().manual_seed(seed))
-    asked = targets != -100
+    asked = targets != IGNORE_INDEX
     assert torch.equal(tokens, before)
     assert torch.equal(inputs[~asked], tokens[~asked])
     assert torch.equal(targets[asked], tokens[asked])
@@ -223,7 +224,7 @@ def test_the_three_shares_and_the_seed():
         return mask_tokens(tokens, 0, 5000, rate=0.3,
                            generator=torch.Generator().manual_seed(seed))
     inputs, targets = run(0)
-    n = (targets != -100).sum().item()
+    n = (targets != IGNORE_INDEX).sum().item()
     assert abs(n / tokens.numel() - 0.3) < 0.01
     assert abs((inputs == 0).sum().item() / n - 0.8) < 0.02
     changed = (inputs != 0) & (inputs != 7)
@@ -235,7 +236,7 @@ def test_the_three_shares_and_the_seed():
 def test_rates_0_and_1():
     tokens = draw(4, 9)
     inputs, targets = mask_tokens(tokens, 1, V, n_special=3, rate=0.0)
-    assert torch.equal(inputs, tokens) and (targets == -100).all()
+    assert torch.equal(inputs, tokens) and (targets == IGNORE_INDEX).all()
     assert torch.equal(
         mask_tokens(tokens, 1, V, n_special=3, rate=1.0)[1], tokens)
 
@@ -251,7 +252,8 @@ def test_masking_that_cannot_be(more):
 # ---- encoder and decoder
 
 @settings(max_examples=15, deadline=None)
-@given(configs(), st.integers(1, 5), st.integers(1, 5), st.integers(1, 5))
+@given(configs(plain=True), st.integers(1, 5), st.integers(1, 5),
+       st.integers(1, 5))
 def test_target_is_causal_and_source_is_seen_but_padding(cfg, n, pad, T):
     model, S = build(EncoderDecoder, cfg), n + pad
     x = draw(1, S + T)
@@ -265,7 +267,7 @@ def test_target_is_causal_and_source_is_seen_but_padding(cfg, n, pad, T):
 
 
 @settings(max_examples=15, deadline=None)
-@given(configs(), st.data())
+@given(configs(plain=True), st.data())
 def test_decoding_in_parts_is_decoding_at_once(cfg, data):
     cuts = sorted(data.draw(st.sets(st.integers(1, 7))))
     with torch.no_grad():
@@ -283,8 +285,7 @@ def check_parts(cfg, cuts):
              for part in target.tensor_split(cuts, dim=1)]
     assert_close(torch.cat(parts, 1), whole, **CLOSE)
     n = cache.n_bytes // cache.n_slots * 8 + memory.n_bytes
-    kv = 16 // 4 * cfg.n_kv_heads
-    assert n == 2 * 8 * 3 * cfg.n_layers * (8 * kv + 6 * 16)
+    assert n == 2 * 8 * 3 * cfg.n_layers * (8 + 6) * 16
 
 
 def test_cross_attention_is_the_readable_one():
@@ -343,6 +344,43 @@ def test_one_embedding_and_every_weight_gets_a_gradient():
         again.load_state_dict(kept)
         assert_close(again(draw(2, 5), draw(2, 4)),
                      model(draw(2, 5), draw(2, 4)))
+
+
+@pytest.mark.parametrize("tie", [True, False])
+def test_the_encoder_has_no_head_and_stays_tied(tie):
+    cfg = replace(CFG, tie_weights=tie)
+    model, again = (EncoderDecoder(cfg, seed=s) for s in (0, 1))
+    assert not [n for n in model.state_dict() if n.startswith(
+        "encoder.gpt.lm_head")]
+    block = count_parameters(DecoderBlock(cfg))
+    both = count_parameters(cfg) + 2 * block + L * 16 + 2 * 16
+    assert count_parameters(model) == both
+    again.load_state_dict(model.state_dict(), assign=True)
+    decoder, table = again.decoder, again.decoder.tok_emb.weight
+    assert again.encoder.gpt.tok_emb.weight is table
+    assert (decoder.lm_head.weight is table) == tie
+    assert torch.equal(again(draw(2, 5), draw(2, 4)),
+                       model(draw(2, 5), draw(2, 4)))
+
+
+@pytest.mark.parametrize("more, said", [
+    ({"n_kv_heads": 1}, "n_kv_heads=1 for n_heads=2"),
+    ({"qk_norm": True}, "qk_norm=True")])
+def test_cross_attention_has_plain_heads(more, said):
+    for make in (DecoderBlock, EncoderDecoder):
+        with pytest.raises(ValueError, match=said):
+            make(replace(CFG, **more))
+
+
+@pytest.mark.parametrize("n", [2, 4])
+def test_a_mask_for_each_row_of_tokens(n):
+    model, x = build(GPT), draw(3, 8)
+    with pytest.raises(ValueError, match=f"{n} rows for 3"):
+        prefix_logits(model, x, torch.arange(n))
+    with pytest.raises(ValueError, match="2 rows for 1"):
+        masked_hidden(model, x[:1], prefix_mask(8, torch.tensor([1, 2])))
+    one = torch.tensor([3])  # one for all
+    assert_close(prefix_logits(model, x, one), prefix_logits(model, x, 3))
 
 
 def test_gradients_in_float64():

@@ -295,6 +295,26 @@ def test_bad_input_is_refused(kwargs, part):
     assert part in str(error.value)
 
 
+@pytest.mark.parametrize("call, part", [
+    (lambda: flash_traffic(-1, 4, 2, (2, 2)), "T=-1"),
+    (lambda: flash_traffic(4, 4.0, 2, (2, 2)), "S=4.0"),
+    (lambda: flash_traffic(4, 4, 0, (2, 2)), "K=0"),
+    (lambda: flash_traffic(4, 4, 2, (0, 2)), "two sizes"),
+    (lambda: flash_traffic(4, 4, 2, 2), "two sizes"),
+    (lambda: flash_traffic(4, 3, 2, (2, 2), causal=True), "S >= T"),
+    (lambda: tile_that_fits(-5, 2), "capacity=-5"),
+    (lambda: tile_that_fits(1e3, 2), "capacity=1000.0"),
+    (lambda: tile_that_fits(1000, 0), "K=0"),
+    (lambda: tile_that_fits(1000, 2, 0), "key_tile=0"),
+    (lambda: tile_that_fits(10, 2), "holds no tile"),
+])
+def test_sizes_that_cannot_be(call, part):
+    with pytest.raises(ValueError) as error:
+        call()
+    assert part in str(error.value)
+    assert flash_traffic(0, 4, 2, (2, 2)) == 0  # no query: nothing moves
+
+
 def test_partial_is_what_it_says():
     s, v = torch.tensor([[0.0, math.log(3)]]), torch.tensor([[1.0], [5.0]])
     part = attend_tile(s, v)

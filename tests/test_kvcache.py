@@ -370,9 +370,13 @@ def test_errors_name_the_remedy():
         cache.remember(0, k.clone().requires_grad_(), k)
     cache.remember(0, k, k)
     cache.commit()
-    for rows in ([False, False], [True], [2]):
+    for rows in ([False, False], [True], [2], [], [[0], [1]], [0.0], 0):
+        for wrong in (rows, torch.tensor(rows)):
+            with pytest.raises(ValueError, match="select none"):
+                cache.select(wrong)
+    for wrong in (None, "0", ["a"], [[0], [1, 0]]):
         with pytest.raises(ValueError, match="select none"):
-            cache.select(torch.tensor(rows))
+            cache.select(wrong)
     for length in (-1, 4):
         with pytest.raises(ValueError, match="rewind to 0"):
             cache.rewind(length)
@@ -383,6 +387,44 @@ def test_errors_name_the_remedy():
     ring.commit()
     with pytest.raises(ValueError, match="length=2.*2 slots.*without a win"):
         ring.rewind(2)
+
+
+def test_rows_are_chosen_by_a_list_too():
+    for rows, lengths in (([2, 0, 0], [3, 1, 1]),
+                          ([True, False, True], [1, 3])):
+        caches = [KVCache(1, 3, 1, 4, 2) for _ in range(2)]
+        for cache in caches:
+            cache.keys.normal_(generator=torch.Generator().manual_seed(0))
+            cache.lengths = [1, 2, 3]
+        caches[0].select(rows)
+        caches[1].select(torch.tensor(rows))
+        assert torch.equal(caches[0].keys, caches[1].keys)
+        assert caches[0].lengths == caches[1].lengths == lengths
+
+
+def test_only_what_was_stored_turns_the_ring():
+    ring, k = KVCache(1, 1, 1, 8, 4, window=2), torch.randn(1, 1, 1, 4)
+    for _ in range(2):
+        ring.begin(1)
+        ring.remember(0, k, k)
+        ring.commit()
+    ring.begin(1)  # and the pass fails before anything is stored
+    ring.rewind(1)
+    assert ring.lengths == [1]
+    ring.begin(1)
+    ring.remember(0, k, k)
+    ring.commit()
+    ring.begin(1)
+    ring.remember(0, k, k)  # over the first token; then the pass fails
+    assert ring.lengths == [2]
+    with pytest.raises(ValueError, match="2 slots"):
+        ring.rewind(1)
+
+
+def test_dropout_is_a_chance_below_one():
+    for dropout in (1.0, -0.1, "0.1", float("nan")):
+        with pytest.raises(ValueError, match="switches it off"):
+            CausalSelfAttention(8, 2, dropout=dropout)
 
 
 def test_outgrowing_leaves_the_cache_as_it_was():

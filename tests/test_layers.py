@@ -3,6 +3,7 @@
 import copy
 import math
 import pickle
+from functools import partial
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from torch.testing import assert_close
 from minillm.attention import reachability
 from minillm.kvcache import Linear
 from minillm.layers import (
+    IGNORE_INDEX,
     FeedForward,
     LayerNorm,
     MixtureOfExperts,
@@ -49,6 +51,19 @@ def message(fn, *args, **kwargs):
     with pytest.raises(ValueError) as error:
         fn(*args, **kwargs)
     return str(error.value)
+
+
+@pytest.mark.parametrize("dropout", [1.0, -0.1, "0.1", float("nan")])
+def test_dropout_is_a_chance_below_one(dropout):
+    for make in (FeedForward, partial(MixtureOfExperts, n_experts=2)):
+        assert "switches it off" in message(make, 8, 16, dropout=dropout)
+
+
+@pytest.mark.parametrize("more", [
+    {"top_k": 2.0}, {"top_k": "2"}, {"top_k": True}, {"n_experts": 4.0}])
+def test_experts_are_counted_in_whole_numbers(more):
+    given = {"n_experts": 4, "top_k": 1} | more
+    assert "whole numbers" in message(MixtureOfExperts, 8, 16, **given)
 
 
 # Norms
@@ -267,7 +282,7 @@ def test_cross_entropy_equals_torch(dtype, shape, scale):
     logits = scale * torch.randn(shape, dtype=dtype)
     targets = torch.randint(shape[-1], shape[:-1])
     if targets.ndim > 1:
-        targets[0, 0] = -100
+        targets[0, 0] = IGNORE_INDEX
 
     def torchs(z):
         return F.cross_entropy(z.reshape(-1, shape[-1]), targets.flatten())
@@ -292,7 +307,7 @@ def test_cross_entropy_knows_masked_logits_and_no_targets():
     assert_close(loss, F.cross_entropy(logits, torch.tensor([2])))
     assert logits.grad[0, 1] == 0 and logits.grad.isfinite().all()
     assert softmax_cross_entropy(logits, torch.tensor([1])) == math.inf
-    for z, t in ((torch.randn(2, 3), torch.tensor([-100, -100])),
+    for z, t in ((torch.randn(2, 3), torch.tensor([IGNORE_INDEX] * 2)),
                  (torch.randn(0, 3), torch.zeros(0, dtype=torch.long))):
         z.requires_grad_()
         loss = softmax_cross_entropy(z, t)

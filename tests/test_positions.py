@@ -435,6 +435,21 @@ def test_mixed_layouts_change_the_scores_without_an_error():
                         torch.zeros(2, 3)), ("6 coordinates", "K=4")),
     (lambda: apply_rope(torch.zeros(1, 1, 2, 4), torch.ones(1, 2),
                         torch.zeros(1, 2)), ("1 positions", "T=2")),
+    *[(lambda n=n, more=more: apply_rope(
+        torch.zeros(n, 1, 2, 4), torch.ones(*more, 2, 2),
+        torch.zeros(*more, 2, 2)), (str((*more, 2, 2)), f"({n}, 1, 2, 4)"))
+      for n, more in ((1, (3, 1)), (2, (3, 1)), (1, (1, 2)), (1, (1, 1, 1)))],
+    (lambda: apply_rope(torch.zeros(1, 1, 2, 4), torch.ones(2, 2),
+                        torch.zeros(2, 1)), ("do not fit",)),
+    (lambda: rope_frequencies(4, scaling="linear"), ("'linear'", "None")),
+    *[(lambda f=f: rope_frequencies(4, scaling={
+        "rope_type": "linear", "factor": f}), (repr(f), "numbers > 0"))
+      for f in ("2", -2.0, 0, math.nan, math.inf, True, [2.0])],
+    *[(lambda n=n, v=v: rope_frequencies(4, scaling=LLAMA3 | {n: v}),
+       (repr(v), "numbers > 0"))
+      for n in ("low_freq_factor", "high_freq_factor",
+                "original_max_position_embeddings")
+      for v in ("1", -1.0, math.nan)],
     (lambda: convert_rope(torch.zeros(8, 3), 2, "gptj"), ("gptj", "half")),
     (lambda: convert_rope(torch.zeros(8, 3), 3, "half"),
      ("8 rows", "n_heads=3")),

@@ -16,6 +16,7 @@ from minillm.sample import (
     apply_top_k,
     apply_top_p,
     check_sampling,
+    choose_tokens,
     generate,
     greedy,
     next_tokens,
@@ -189,6 +190,9 @@ def test_rules_do_not_touch_their_input_and_take_batches():
     (dict(temperature=-0.1), ">= 0"), (dict(temperature=math.nan), ">= 0"),
     (dict(temperature=math.inf), "finite"), (dict(top_k=0), ">= 1"),
     (dict(top_k=-3), "None"), (dict(top_k=2.5), "whole"),
+    (dict(top_k="5"), "whole"), (dict(top_k=[3]), "whole"),
+    (dict(temperature=None), ">= 0"), (dict(temperature="1"), ">= 0"),
+    (dict(top_p="0.9"), "None"), (dict(repetition_penalty=None), "1 is off"),
     (dict(top_p=0.0), r"\(0, 1\]"), (dict(top_p=1.1), r"\(0, 1\]"),
     (dict(top_p=math.nan), r"\(0, 1\]"),
     (dict(repetition_penalty=0.0), "> 0")])
@@ -200,6 +204,18 @@ def test_bad_settings_name_value_and_remedy(bad, remedy):
         with pytest.raises(ValueError, match=remedy) as e:
             call()
         assert str(value) in str(e.value)
+
+
+@pytest.mark.parametrize("stop", [-1, 7, 1.0, "2"])
+def test_a_stop_token_must_be_an_id(stop):
+    logits, tokens = torch.zeros(1, 7), torch.tensor([[1]])
+    model = GPT(GPTConfig(7, 8, 8, 1, 1), seed=0)
+    for call in (lambda: choose_tokens(logits, tokens, stop_token=stop),
+                 lambda: next_tokens(model, tokens, stop_token=stop),
+                 lambda: generate(model, tokens, 3, stop_token=stop)):
+        with pytest.raises(ValueError, match=r"0\.\.6, .*end_of_text") as e:
+            call()
+        assert repr(stop) in str(e.value)
 
 
 # ---- drawing

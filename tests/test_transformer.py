@@ -709,3 +709,21 @@ def test_default_width_of_the_feed_forward():
     for D in range(8, 500, 7):
         wide = default_d_ff(D, "swiglu")
         assert wide % 32 == 0 and 0 <= wide - 8 * D / 3 < 32
+
+
+@pytest.mark.parametrize("changes", [
+    {"dropout": 0.2}, {"positions": "rope", "n_kv_heads": 1},
+    {"positions": "alibi", "sliding_window": 4},
+])  # fmt: skip
+def test_checkpointed_blocks_give_the_same_gradients(changes):
+    cfg = GPTConfig(vocab_size=11, context_length=8, d_model=16, n_layers=3,
+                    n_heads=2, **changes)  # fmt: skip
+    tokens = torch.arange(16).remainder(11).view(2, 8)
+    found = []
+    for again in (False, True):
+        model = GPT(cfg, seed=0).train()
+        model.checkpoint_blocks = again
+        torch.manual_seed(1)  # of dropout
+        model(tokens).logsumexp(-1).sum().backward()
+        found.append([p.grad for p in model.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
