@@ -238,7 +238,7 @@ def check_copies(
             "number, or one for each"
         )
 
-# %% ../nbs/depth.ipynb #3fdd0f6c
+# %% ../nbs/depth.ipynb #8eb1653a
 def train_copies(
     models: Sequence[GPT],  # equal in shape; trained in place
     batches: Sequence[tuple[Tensor, Tensor]],  # tokens, targets; one a step
@@ -262,7 +262,8 @@ def train_copies(
     rates = torch.as_tensor(lr, dtype=torch.float32).expand(len(models))
     params, _ = stack_module_state(list(models))
     optimizer = torch.optim.AdamW(
-        params.values(), lr=1.0, betas=betas, weight_decay=weight_decay)
+        params.values(), lr=1.0, betas=betas, weight_decay=weight_decay,
+        fused=True)
 
     def loss_of(
         one: dict[str, Tensor], tokens: Tensor, targets: Tensor
@@ -283,11 +284,10 @@ def train_copies(
             losses.sum().backward()  # no copy's weights touch another's loss
             before = [p.detach().clone() for p in params.values()]
             optimizer.step()
-            kept = rates * min(1.0, step / max(warmup_steps, 1))
+            back = 1 - rates * min(1.0, step / max(warmup_steps, 1))
             with torch.no_grad():
                 for p, old in zip(params.values(), before):
-                    share = kept.view(-1, *[1] * (p.ndim - 1))
-                    p.copy_(torch.lerp(old, p, share.expand_as(p)))
+                    p.lerp_(old, back.view(-1, *[1] * (p.ndim - 1)))
     with torch.no_grad():
         for name, stacked in params.items():
             for model, weights in zip(models, stacked):
