@@ -1,244 +1,64 @@
-"""The trainer: arithmetic, batches, exact resume, and what it refuses."""
+"""The trainer: one step, exact resume, and what it refuses."""
 
+import ast
+import contextlib
 import dataclasses
 import json
 import math
 import os
-import pickle
+import random
 import signal
 import subprocess
 import sys
 import textwrap
+import types
+from pathlib import Path
 
+import exact_runs
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
-from torch.nn import functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from small_runs import (
+    DOCS,
+    HELD_OUT,
+    SHAPE,
+    TOKENIZER,
+    TOKENS,
+    config,
+    run,
+    same_weights,
+)
 
-from minillm.tokenizer import CharTokenizer
+from minillm.accounting import flops_per_token
+from minillm.checkpoint import load_checkpoint, read_tensors
+from minillm.depth import stream_states
+from minillm.loading import Mixture, Shards, TokenLoader, tokenize_to_shards
+from minillm.train import _KEY_MODULES as KEY_MODULES
 from minillm.train import (
-    IGNORE_INDEX,
-    BatchLoader,
+    RandomState,
     Recipe,
-    TrainConfig,
     Trainer,
-    bytes_per_token,
-    cross_entropy,
-    document_rows,
-    evaluate_loss,
-    first_tokens,
-    gather_rows,
-    get_batch,
-    load_checkpoint,
+    activation_summary,
+    known_peak,
     load_run,
-    lr_at,
-    make_optimizer,
-    param_groups,
-    pick_device,
-    pick_dtype,
+    loop_overhead,
+    make_loader,
     plot_history,
     quickstart_recipe,
     read_history,
-    read_tensors,
-    save_checkpoint,
+    rng_from_tensors,
+    rng_tensors,
+    seeded,
+    set_checkpointing,
+    stats_table,
     tales_model,
     tales_recipe,
     train,
-    window_rows,
+    watch,
 )
 from minillm.transformer import GPT, GPTConfig
-
-DOCS = [f"story {i}: " + "abcdefgh ij"[: 3 + i % 8] * (1 + i % 5)
-        for i in range(400)]  # fmt: skip
-TOKENIZER = CharTokenizer.train("".join(DOCS))
-TOKENS = TOKENIZER.encode_documents(DOCS[:360])
-HELD_OUT = TOKENIZER.encode_documents(DOCS[360:])
-SHAPE = GPTConfig(vocab_size=TOKENIZER.vocab_size, context_length=32,
-                  d_model=16, n_layers=2, n_heads=2, dropout=0.1)  # fmt: skip
-
-
-def config(**changes):
-    base = dict(max_steps=12, batch_size=4, warmup_steps=2, eval_every=4,
-                checkpoint_every=4, log_every=2, device="cpu",
-                dtype="float32")  # fmt: skip
-    return TrainConfig(**base | changes)
-
-
-def run(out_dir=None, *, seed=0, cfg=None, **options):
-    options = {"tokenizer": TOKENIZER, "progress": False} | options
-    model = GPT(SHAPE, seed=seed)
-    return model, train(model, TOKENS, HELD_OUT, cfg or config(),
-                        out_dir=out_dir, **options)  # fmt: skip
-
-
-def same_weights(a, b):
-    return all(torch.equal(p, q)
-               for p, q in zip(a.parameters(), b.parameters()))  # fmt: skip
-
-
-# --- the loss ---
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_cross_entropy_equals_torch(dtype):
-    torch.manual_seed(0)
-    logits = (5 * torch.randn(3, 7, 50)).to(dtype).requires_grad_()
-    targets = torch.randint(50, (3, 7))
-    targets[0, 3:] = IGNORE_INDEX
-    for reduction in ("mean", "sum"):
-        ours = cross_entropy(logits, targets, reduction=reduction)
-        theirs = F.cross_entropy(logits.float().flatten(0, 1),
-                                 targets.flatten(), reduction=reduction)
-        torch.testing.assert_close(ours, theirs)
-        (g,) = torch.autograd.grad(ours, logits)
-        (h,) = torch.autograd.grad(theirs, logits)
-        torch.testing.assert_close(g, h)
-
-
-def test_cross_entropy_survives_large_logits_and_no_targets():
-    logits = torch.tensor([[1e4, -1e4, 0.0]], requires_grad=True)
-    assert cross_entropy(logits, torch.tensor([0])) == 0
-    assert cross_entropy(logits, torch.tensor([1])) == 2e4
-    loss = cross_entropy(logits, torch.tensor([IGNORE_INDEX]))
-    loss.backward()
-    assert loss == 0 and torch.equal(logits.grad, torch.zeros(1, 3))
-
-
-def test_cross_entropy_refuses_shapes():
-    with pytest.raises(ValueError, match="need targets of shape"):
-        cross_entropy(torch.zeros(2, 3, 5), torch.zeros(2, 4).long())
-
-
-# --- batches ---
-
-
-@pytest.mark.parametrize("kind", ["uint16", "uint32", "int64", "torch"])
-def test_get_batch_shifts_by_one_and_reaches_the_end(kind):
-    tokens = np.arange(20)
-    tokens = torch.arange(20) if kind == "torch" else tokens.astype(kind)
-    x, y = get_batch(tokens, 500, 6, torch.Generator().manual_seed(0))
-    assert x.dtype == y.dtype == torch.int64 and x.shape == (500, 6)
-    assert torch.equal(y, x + 1)
-    assert sorted(set(x[:, 0].tolist())) == list(range(20 - 6))
-    assert y.max() == 19
-
-
-def test_get_batch_reads_a_memory_map(tmp_path):
-    np.arange(50, dtype=np.uint16).tofile(tmp_path / "t.bin")
-    tokens = np.memmap(tmp_path / "t.bin", dtype=np.uint16, mode="r")
-    x, y = get_batch(tokens, 4, 8, torch.Generator().manual_seed(0))
-    assert torch.equal(y, x + 1)
-
-
-def test_shortest_text():
-    x, y = get_batch(np.arange(9), 3, 8)
-    assert x[0, 0] == 0 and y[0, -1] == 8
-    with pytest.raises(ValueError, match="8 tokens.*needs 9"):
-        get_batch(np.arange(8), 3, 8)
-    with pytest.raises(ValueError, match="smaller context_length"):
-        train(GPT(SHAPE), TOKENS[:20], None, config(), progress=False)
-
-
-def test_rows_ask_for_each_token_once():
-    for starts, lengths in (
-        window_rows(len(TOKENS), 32),
-        document_rows(TOKENS, 32, TOKENIZER.end_of_text),
-    ):
-        asked = torch.cat([torch.arange(s + 1, s + n + 1)
-                           for s, n in zip(starts, lengths)])  # fmt: skip
-        first = 1 if starts[0] == 0 else 0  # windows have nothing before 0
-        assert torch.equal(asked, torch.arange(first, len(TOKENS)))
-        assert lengths.max() <= 32 and lengths.min() >= 1
-
-
-def test_document_rows_hold_whole_documents():
-    eot = TOKENIZER.end_of_text
-    starts, lengths = document_rows(TOKENS, 1000, eot)
-    assert len(starts) == 360
-    x, y = gather_rows(TOKENS, starts, lengths, end_of_text=eot)
-    for i in range(360):
-        kept = y[i][y[i] != IGNORE_INDEX].tolist()
-        assert x[i, 0] == eot and kept[-1] == eot
-        assert TOKENIZER.decode(kept[:-1]) == DOCS[i]
-
-
-def test_loader_goes_through_all_documents_each_epoch():
-    loader = BatchLoader(TOKENS, 7, 64, align="documents",
-                         end_of_text=TOKENIZER.end_of_text)  # fmt: skip
-    n_batches = len(loader.batches)
-    for _ in range(2):
-        count = sum(int((loader.next_batch()[1] != IGNORE_INDEX).sum())
-                    for _ in range(n_batches))  # fmt: skip
-        assert count == len(TOKENS)
-
-
-@pytest.mark.parametrize("align", ["windows", "documents"])
-def test_loader_state_gives_the_same_next_batches(align):
-    def make():
-        return BatchLoader(TOKENS, 4, 32, align=align, seed=3,
-                           end_of_text=TOKENIZER.end_of_text)  # fmt: skip
-
-    loader = make()
-    for _ in range(150):  # over the end of an epoch of documents
-        loader.next_batch()
-    state = {k: v.clone() for k, v in loader.state().items()}
-    expected = [loader.next_batch() for _ in range(120)]
-    again = make()
-    again.load_state(state)
-    for x, y in expected:
-        a, b = again.next_batch()
-        assert torch.equal(a, x) and torch.equal(b, y)
-
-
-def test_documents_need_an_end_of_text():
-    with pytest.raises(ValueError, match="align='windows'"):
-        BatchLoader(TOKENS, 4, 32, align="documents")
-
-
-# --- configuration, optimizer, schedule ---
-
-
-@pytest.mark.parametrize("wrong", [
-    {"lr": 0.0}, {"lr": math.nan}, {"min_lr": 1.0}, {"max_steps": 0},
-    {"betas": (0.9, 1.0)}, {"grad_clip": 0.0}, {"schedule": "cosin"},
-    {"align": "rows"}, {"dtype": "int8"}, {"batch_size": 0},
-    {"weight_decay": -0.1},
-])  # fmt: skip
-def test_config_refuses(wrong):
-    with pytest.raises(ValueError, match=next(iter(wrong))):
-        TrainConfig(**wrong)
-
-
-def test_param_groups():
-    model = GPT(SHAPE)
-    decay, rest = param_groups(model, 0.3)
-    assert decay["weight_decay"] == 0.3 and rest["weight_decay"] == 0.0
-    assert all(p.dim() >= 2 for p in decay["params"])
-    assert all(p.dim() < 2 for p in rest["params"])
-    together = {id(p) for p in decay["params"] + rest["params"]}
-    assert together == {id(p) for p in model.parameters()}
-    model.pos_emb.weight.requires_grad_(False)
-    decay, _ = param_groups(model, 0.3)
-    assert all(p is not model.pos_emb.weight for p in decay["params"])
-
-
-@pytest.mark.parametrize("schedule", ["cosine", "linear", "constant"])
-def test_schedule(schedule):
-    cfg = TrainConfig(lr=1.0, min_lr=0.1, warmup_steps=10, max_steps=100,
-                      schedule=schedule)  # fmt: skip
-    rates = [lr_at(s, cfg) for s in range(100)]
-    assert 0 < rates[0] < 0.11 and rates[10] == 1.0
-    assert all(b > a for a, b in zip(rates[:10], rates[1:11]))
-    assert all(b <= a for a, b in zip(rates[10:], rates[11:]))
-    assert math.isclose(rates[-1], 1.0 if schedule == "constant" else 0.1)
-    assert lr_at(1000, cfg) == rates[-1]
-
-
-def test_schedule_without_room():
-    cfg = TrainConfig(max_steps=1, warmup_steps=0, lr=1.0, min_lr=0.5)
-    assert 0.5 <= lr_at(0, cfg) <= 1.0
-
 
 # --- one step ---
 
@@ -247,14 +67,11 @@ def test_accumulation_equals_the_large_batch():
     eot, results = TOKENIZER.end_of_text, []
     shape = dataclasses.replace(SHAPE, dropout=0.0)
     for size, parts in ((8, 1), (2, 4)):
-        cfg = config(batch_size=size, grad_accum_steps=parts,
-                     align="documents")  # fmt: skip
-        trainer = Trainer(GPT(shape, seed=0), TOKENS, cfg, eot)
-        rows = document_rows(TOKENS, 32, eot)
-        chosen = torch.arange(8).split(size)
-        trainer.loader.batches = list(chosen)  # rows of unequal lengths
-        assert len(set(rows[1][:8].tolist())) > 1
-        loss, norm = trainer.train_step()
+        cfg = config(batch_size=size, grad_accum_steps=parts)
+        loader = TokenLoader(TOKENS, size, 32, mode="sequential",
+                             align="documents", end_of_text=eot)  # fmt: skip
+        trainer = Trainer(GPT(shape, seed=0), loader, cfg, eot)
+        loss, norm = trainer.train_step()  # rows of unequal lengths
         results.append((loss, norm, trainer.model))
     (a, n, model_a), (b, m, model_b) = results
     assert math.isclose(a, b, rel_tol=1e-6)
@@ -300,199 +117,6 @@ def test_bfloat16_keeps_float32_weights():
                for p in trainer.model.parameters())  # fmt: skip
 
 
-# --- evaluation ---
-
-
-def test_evaluation_is_exact_and_leaves_no_trace():
-    model = GPT(SHAPE, seed=0).train()
-    state = torch.get_rng_state()
-    a = evaluate_loss(model, HELD_OUT, batch_size=1)
-    b = evaluate_loss(model, HELD_OUT, batch_size=50)
-    assert math.isclose(a, b, rel_tol=1e-5)
-    assert model.training and torch.equal(state, torch.get_rng_state())
-    model.eval()
-    total = 0.0
-    starts, lengths = window_rows(len(HELD_OUT), 32)
-    for s, n in zip(starts.tolist(), lengths.tolist()):
-        ids = torch.from_numpy(HELD_OUT[s : s + n + 1].astype(np.int64))
-        total += F.cross_entropy(model(ids[None, :-1])[0], ids[1:],
-                                 reduction="sum").item()  # fmt: skip
-    assert math.isclose(a, total / (len(HELD_OUT) - 1), rel_tol=1e-5)
-
-
-def test_documents_are_scored_alone():
-    eot = TOKENIZER.end_of_text
-    shape = dataclasses.replace(SHAPE, context_length=128)
-    model = GPT(shape, seed=0)
-    whole = evaluate_loss(model, HELD_OUT, end_of_text=eot)
-    swapped = TOKENIZER.encode_documents(DOCS[360:][::-1])
-    assert math.isclose(
-        whole, evaluate_loss(model, swapped, end_of_text=eot), rel_tol=1e-5
-    )
-
-
-def test_bytes_per_token_counts_bytes_not_characters():
-    text = ["añb", "çç"]
-    tokenizer = CharTokenizer.train("".join(text))
-    ids = tokenizer.encode_documents(text)
-    assert bytes_per_token(ids, tokenizer) == (4 + 4) / (3 + 2 + 2)
-
-
-def test_first_tokens_ends_with_a_document():
-    eot = TOKENIZER.end_of_text
-    part = first_tokens(TOKENS, 100, eot)
-    assert 0 < len(part) <= 100 and part[-1] == eot
-    assert len(first_tokens(TOKENS, 100)) == 100
-    assert len(first_tokens(TOKENS, 10**9, eot)) == len(TOKENS)
-
-
-# --- devices ---
-
-
-def test_devices_and_dtypes():
-    assert pick_device("cpu").type == "cpu"
-    assert pick_device("auto").type in ("cpu", "cuda", "mps")
-    with pytest.raises(ValueError, match="not available"):
-        pick_device("tpu")
-    if not torch.cuda.is_available():
-        with pytest.raises(ValueError, match="cuda:3"):
-            pick_device("cuda:3")
-    cpu = torch.device("cpu")
-    with pytest.raises(ValueError, match="float16"):
-        pick_dtype("float16", cpu)
-    assert pick_dtype("float32", cpu) == torch.float32
-    assert pick_dtype("auto", torch.device("mps")) == torch.float32
-
-
-def test_cuda_without_bfloat16_gets_float16(monkeypatch):
-    cuda = torch.device("cuda")
-    for major, expected in ((7, torch.float16), (8, torch.bfloat16)):
-        monkeypatch.setattr(torch.cuda, "get_device_capability",
-                            lambda device, major=major: (major, 5))
-        assert pick_dtype("auto", cuda) == expected
-
-
-# --- checkpoints ---
-
-
-def test_checkpoint_round_trip(tmp_path):
-    model = GPT(SHAPE, seed=1)
-    optimizer = make_optimizer(model, config())
-    cross_entropy(model(torch.zeros(1, 8).long()),
-                  torch.ones(1, 8).long()).backward()
-    optimizer.step()
-    save_checkpoint(tmp_path / "c", model, optimizer, 7)
-    back = load_checkpoint(tmp_path / "c")
-    assert back.step == 7 and back.cfg == SHAPE
-    assert same_weights(back.build_model(), model)
-    other = make_optimizer(model, config())
-    back.load_optimizer(other, model)
-    for p in model.parameters():
-        for key, value in optimizer.state[p].items():
-            assert torch.equal(other.state[p][key], value)
-    assert [p.name for p in tmp_path.iterdir()] == ["c"]
-
-
-class Trap:
-    def __reduce__(self):
-        return (os.system, ("echo unpickled > trap.txt",))
-
-
-@pytest.mark.parametrize("name", ["w.pt", "w.bin", "w.pkl", "w.safetensors"])
-def test_pickles_are_never_read(tmp_path, monkeypatch, name):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / name).write_bytes(pickle.dumps(Trap()))
-    torch.save({"w": Trap()}, tmp_path / f"zip-{name}")
-    for path in (tmp_path / name, tmp_path / f"zip-{name}"):
-        for read in (read_tensors, load_checkpoint):
-            with pytest.raises(ValueError, match="pickle") as caught:
-                read(path)
-            assert "\n" not in str(caught.value)
-    assert not (tmp_path / "trap.txt").exists()
-
-
-def test_a_file_whose_length_begins_like_a_pickle_is_read(tmp_path):
-    path, first = tmp_path / "w.safetensors", set()
-    for n in range(0, 2048, 8):  # the length is a multiple of 8
-        save_file({"w": torch.arange(3.0)}, path, {"note": "x" * n})
-        first.add(path.read_bytes()[0])
-        assert torch.equal(read_tensors(path)["w"], torch.arange(3.0))
-    assert 0x80 in first
-
-
-@pytest.mark.parametrize("content", [b"", b"x", b"hello world " * 10,
-                                     b"\xff" * 64, b"\x08" + b"\0" * 7 + b"{"])
-def test_foreign_files_give_one_line(tmp_path, content):
-    (tmp_path / "w.safetensors").write_bytes(content)
-    with pytest.raises(ValueError, match="not a safetensors") as caught:
-        read_tensors(tmp_path / "w.safetensors")
-    assert "\n" not in str(caught.value)
-
-
-def test_missing_and_foreign_directories(tmp_path):
-    for read in (load_checkpoint, load_run):
-        with pytest.raises(FileNotFoundError):
-            read(tmp_path / "nowhere")
-        with pytest.raises(ValueError, match="not a minillm"):
-            read(tmp_path)
-    (tmp_path / "checkpoint.json").write_text('{"format": "x"}')
-    with pytest.raises(ValueError, match="not a minillm"):
-        load_checkpoint(tmp_path)
-    (tmp_path / "run.json").write_text("{")
-    with pytest.raises(ValueError, match="JSON"):
-        load_run(tmp_path)
-
-
-@pytest.mark.parametrize("damage", ["flip", "cut", "remove", "head"])
-def test_damaged_checkpoint_falls_back(tmp_path, damage):
-    run(tmp_path / "r")
-    newest = tmp_path / "r/checkpoints/step-00000012"
-    path = newest / "model.safetensors"
-    if damage == "flip":
-        data = bytearray(path.read_bytes())
-        data[-9] ^= 1
-        path.write_bytes(data)
-    elif damage == "cut":
-        path.write_bytes(path.read_bytes()[:-100])
-    elif damage == "remove":
-        path.unlink()
-    else:
-        (newest / "checkpoint.json").write_text("{}")
-    with pytest.raises((ValueError, FileNotFoundError)):
-        load_checkpoint(newest)
-    with pytest.warns(UserWarning, match="skipped"):
-        assert load_run(tmp_path / "r").step == 8
-
-
-def test_crash_while_writing_keeps_the_previous_one(tmp_path, monkeypatch):
-    model = GPT(SHAPE, seed=0)
-    save_checkpoint(tmp_path / "c", model, step=1)
-    import minillm.train as module
-
-    def no_space(*args):
-        raise OSError("no space left on device")
-
-    monkeypatch.setattr(module, "write_json", no_space)
-    with pytest.raises(OSError, match="no space"):
-        save_checkpoint(tmp_path / "c", model, step=2)
-    monkeypatch.undo()
-    assert load_checkpoint(tmp_path / "c").step == 1
-    save_checkpoint(tmp_path / "c", model, step=3)
-    assert load_checkpoint(tmp_path / "c").step == 3
-    assert [p.name for p in tmp_path.iterdir()] == ["c"]
-
-
-def test_weights_of_another_model_are_refused(tmp_path):
-    save_checkpoint(tmp_path / "c", GPT(SHAPE), step=1)
-    shape = dataclasses.replace(SHAPE, d_model=32)
-    trainer = Trainer(GPT(shape), TOKENS, config())
-    with pytest.raises(ValueError, match="another model"):
-        trainer.restore(load_checkpoint(tmp_path / "c"))
-    trainer = Trainer(GPT(SHAPE), TOKENS, config())
-    with pytest.raises(ValueError, match="no state of the training"):
-        trainer.restore(load_checkpoint(tmp_path / "c"))
-
-
 # --- whole runs ---
 
 
@@ -504,7 +128,7 @@ def test_run_learns_and_leaves_a_complete_directory(tmp_path):
     names = {p.name for p in (tmp_path / "r").iterdir()}
     assert names >= {"run.json", "tokenizer.json", "metrics.jsonl",
                      "loss.png", "loss.svg", "checkpoints"}  # fmt: skip
-    assert len(list((tmp_path / "r/checkpoints").iterdir())) == 2
+    assert len(list((tmp_path / "r/checkpoints").glob("step-*"))) == 2
     back = load_run(tmp_path / "r")
     assert same_weights(back.model, model)
     assert back.history == result.history == read_history(tmp_path / "r")
@@ -536,6 +160,13 @@ def test_same_seed_same_run():
     assert not same_weights(a, c)
 
 
+CLOCKS = ("seconds", "tokens_per_s")
+
+
+def plain(history):
+    return [{k: v for k, v in r.items() if k not in CLOCKS} for r in history]
+
+
 @pytest.mark.parametrize("align", ["windows", "documents"])
 @pytest.mark.parametrize("stop", [4, 7])
 def test_resume_is_bit_for_bit(tmp_path, align, stop):
@@ -545,60 +176,68 @@ def test_resume_is_bit_for_bit(tmp_path, align, stop):
     torch.manual_seed(1234)
     resumed, result = run(tmp_path / "b", cfg=cfg, seed=99, resume=True)
     assert same_weights(straight, resumed)
-    clock = ("seconds", "tokens_per_s")
-
-    def plain(history):
-        return {
-            (r["step"], k): v for r in history for k, v in r.items()
-            if k not in clock and r["step"] % 2 == 0
-        }  # fmt: skip
-
-    assert plain(result.history)[12, "val_loss"] == expected.val_loss
-    common = plain(result.history).keys() & plain(expected.history).keys()
-    if stop == 4:
-        for key in common:
-            assert plain(result.history)[key] == plain(expected.history)[key]
+    assert plain(result.history) == plain(expected.history)
 
 
 SCRIPT = """
 import json, sys
 sys.path.insert(0, {tests!r})
-import test_train as t
-stop = int(sys.argv[2]) or None
-cfg = t.config(align="documents", grad_accum_steps=2, checkpoint_every=3)
-options = dict(resume=sys.argv[3] == "resume")
-if sys.argv[3] == "kill":
-    import os, signal
-    def die(record):
-        if record["step"] == stop and "loss" in record:
-            os._exit(9)
-    t.run(sys.argv[1], cfg=cfg, on_record=die)
-model, result = t.run(sys.argv[1], cfg=cfg, stop_at=stop, **options)
+import small_runs, exact_runs
+{body}
 """
 
 
-def in_process(*args):
-    code = textwrap.dedent(SCRIPT).format(tests=os.path.dirname(__file__))
+def in_process(body, **names):
+    code = SCRIPT.format(
+        tests=os.path.dirname(__file__),
+        body="".join(f"{k} = {str(v)!r}\n" for k, v in names.items())
+        + textwrap.dedent(body),
+    )  # fmt: skip
     return subprocess.run(
-        [sys.executable, "-c", code, *map(str, args)], timeout=300,
-        capture_output=True, text=True,
+        [sys.executable, "-c", code], timeout=300, capture_output=True,
+        text=True, env=os.environ | {"OMP_NUM_THREADS": "1"},
     )  # fmt: skip
 
 
-def test_resume_in_a_fresh_process_after_a_kill(tmp_path):
-    assert in_process(tmp_path / "a", 0, "new").returncode == 0
-    killed = in_process(tmp_path / "b", 8, "kill")  # last checkpoint: 6
-    assert killed.returncode == 9, killed.stderr
-    assert load_run(tmp_path / "b").step == 6
-    done = in_process(tmp_path / "b", 0, "resume")
+@pytest.fixture(scope="module")
+def exact(tmp_path_factory):
+    """Straight runs, the same killed in processes, resumed in another."""
+    folder = tmp_path_factory.mktemp("exact")
+    done = in_process("exact_runs.straight_and_killed(folder)", folder=folder)
     assert done.returncode == 0, done.stderr
-    a, b = load_checkpoint(tmp_path / "a"), load_checkpoint(tmp_path / "b")
-    assert a.step == b.step == 12
-    for left, right in ((a.weights, b.weights), (a.tensors, b.tensors)):
-        assert left.keys() == right.keys()
-        assert all(torch.equal(left[k], right[k]) for k in left)
-    steps = [r["step"] for r in read_history(tmp_path / "b") if "loss" in r]
-    assert steps == sorted(set(steps))  # nothing twice
+    newest = {name: load_run(folder / f"{name}-killed").step
+              for name in exact_runs.CASES}  # fmt: skip
+    done = in_process("exact_runs.resume_all(folder)", folder=folder)
+    assert done.returncode == 0, done.stderr
+    return folder, newest
+
+
+@pytest.mark.parametrize("name", list(exact_runs.CASES))
+def test_resume_after_kill_9_is_bit_for_bit(exact, name):
+    """Weights, optimizer, generators, next rows, losses and statistics."""
+    folder, newest = exact
+    a, b = folder / f"{name}-straight", folder / f"{name}-killed"
+    assert 0 < newest[name] < exact_runs.N_STEPS
+    left, right = load_checkpoint(a), load_checkpoint(b)
+    assert left.step == right.step == exact_runs.N_STEPS
+    for x, y in ((left.weights, right.weights), (left.tensors, right.tensors)):
+        assert x.keys() == y.keys() and any("rng/" in k for k in left.tensors)
+        for key in x:
+            assert torch.equal(x[key], y[key]), key
+    for key in left.info.keys() - {"seconds", "interval"}:
+        assert left.info[key] == right.info[key], key
+    next_a, next_b = (json.loads((x / "next.json").read_text())
+                      for x in (a, b))  # fmt: skip
+    assert next_a == next_b
+    histories = [
+        [{k: v for k, v in r.items() if k not in ("seconds", "tokens_per_s")}
+         for r in read_history(x)] for x in (a, b)
+    ]  # fmt: skip
+    assert histories[0] == histories[1]
+    kinds = set().union(*histories[0])
+    assert kinds >= {"loss", "val_loss", "stats", "sample", "update_ratio"}
+    if name.endswith("-float16"):
+        assert "loss_scale" in kinds
 
 
 def test_interrupt_saves_and_returns(tmp_path):
@@ -656,7 +295,8 @@ def test_one_process_per_run(tmp_path):
 
     def second(record):
         if record["step"] == 2 and not seen:
-            seen.append(in_process(tmp_path / "r", 0, "resume").stderr)
+            seen.append(in_process("small_runs.run(folder, resume=True)",
+                                   folder=tmp_path / "r").stderr)
 
     run(tmp_path / "r", on_record=second)
     assert "another process is training" in seen[0]
@@ -691,11 +331,509 @@ def test_plot_has_the_floor():
     assert "nats" in plot_history(nats, floor=0.5).axes[0].get_ylabel()
 
 
+# --- what goes wrong ---
+
+
+def test_sigterm_saves_and_returns(tmp_path):
+    def press(record):
+        if record["step"] == 6:
+            signal.raise_signal(signal.SIGTERM)
+
+    _, result = run(tmp_path / "r", on_record=press)
+    assert result.interrupted and load_run(tmp_path / "r").step == 6
+    assert any("asked to stop" in note for note in result.notes)
+    log = (tmp_path / "r/log.txt").read_text()
+    assert all(note in log for note in result.notes)
+
+
+@contextlib.contextmanager
+def small_disk(limit):
+    """Let the system refuse every file above a size, as a full disk does."""
+    resource = pytest.importorskip("resource")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.mark.filterwarnings("ignore:step 4 could not be saved")
+def test_failing_checkpoint_warns_and_is_tried_again(tmp_path):
+    disks = contextlib.ExitStack()
+
+    def watch_steps(record):  # full from step 4 to step 8
+        if "loss" in record and record["step"] == 4:
+            disks.enter_context(small_disk(8_000))
+        if "loss" in record and record["step"] == 10:
+            disks.close()
+
+    with pytest.warns(UserWarning, match="step 8 could not be saved.*none"):
+        model, result = run(tmp_path / "r", on_record=watch_steps)
+    assert load_run(tmp_path / "r").step == result.step == 12
+    straight, _ = run()
+    assert same_weights(model, straight)
+    assert not list((tmp_path / "r/checkpoints").glob(".step*"))
+
+
+def test_last_checkpoint_that_fails_raises(tmp_path):
+    disks = contextlib.ExitStack()
+
+    def fill(record):
+        if "loss" in record and record["step"] == 10:
+            disks.enter_context(small_disk(8_000))
+
+    with disks, pytest.raises(OSError, match="newest checkpoint is step 8"):
+        run(tmp_path / "r", on_record=fill)
+    _, result = run(tmp_path / "r", resume=True)
+    assert result.step == 12
+
+
+def test_failing_metrics_warn_and_are_written_later(tmp_path):
+    disks = contextlib.ExitStack()
+    path = tmp_path / "r/metrics.jsonl"
+
+    def fill(record):
+        if "loss" in record and record["step"] == 4:
+            disks.enter_context(small_disk(path.stat().st_size + 30))
+        if "loss" in record and record["step"] == 6:
+            assert path.stat().st_size > 30  # half a line is there
+            disks.close()
+
+    with pytest.warns(UserWarning, match="training goes on"):
+        _, result = run(tmp_path / "r", on_record=fill)
+    assert read_history(tmp_path / "r") == result.history
+
+    def fill_for_good(record):
+        if "loss" in record and record["step"] == 6:
+            (tmp_path / "q/metrics.jsonl").unlink()
+            (tmp_path / "q/metrics.jsonl").mkdir()
+
+    with pytest.raises(OSError), pytest.warns(UserWarning, match="goes on"):
+        run(tmp_path / "q", on_record=fill_for_good)
+    assert load_run(tmp_path / "q").step == 12  # the weights are safe
+
+
+class Poison:
+    """A loader whose batch at some steps makes the loss NaN."""
+
+    def __init__(self, model, steps, cfg):
+        self.inner = make_loader(TOKENS, cfg, 32)
+        self.steps, self.given = steps, 0
+        model.norm.register_forward_hook(self.spoil)
+
+    def spoil(self, module, inputs, output):
+        bad = module.training and self.given - 1 in self.steps
+        return output * math.nan if bad else output
+
+    def __next__(self):
+        self.given += 1
+        return next(self.inner)
+
+    def state_dict(self):
+        return self.inner.state_dict() | {"given": self.given}
+
+    def load_state_dict(self, state):
+        self.inner.load_state_dict(state)
+        self.given = state["given"]
+
+
+def poisoned(out_dir, steps, seed=0, resume=False, **changes):
+    model, cfg = GPT(SHAPE, seed=seed), config(**changes)
+    loader = Poison(model, steps, cfg)
+    return model, train(model, loader, HELD_OUT, cfg, out_dir=out_dir,
+                        tokenizer=TOKENIZER, progress=False,
+                        resume=resume)  # fmt: skip
+
+
+def test_stop_saves_the_batch_and_the_state_before_it(tmp_path):
+    with pytest.raises(FloatingPointError, match="step 6: the loss is nan"):
+        poisoned(tmp_path / "r", {6})
+    saved = load_run(tmp_path / "r")
+    assert saved.step == 6
+    bad = read_tensors(tmp_path / "r/bad_batches/step-00000006.safetensors")
+    note = json.loads((tmp_path / "r/bad_batches/step-00000006.json")
+                      .read_text())  # fmt: skip
+    assert note["step"] == 6 and note["loss"] == "nan"
+    loader = make_loader(TOKENS, config(), 32)
+    state = load_checkpoint(tmp_path / "r").info["loader"]
+    loader.load_state_dict(state)
+    batch = next(loader)  # the checkpoint's next batch is the bad one
+    assert torch.equal(batch.tokens, bad["inputs"])
+    assert torch.equal(batch.targets, bad["targets"])
+    # Resumed as it is, the run stops at the same place again; with another
+    # policy it goes on.
+    with pytest.raises(FloatingPointError, match="step 6"):
+        poisoned(tmp_path / "r", {6}, seed=9, resume=True)
+    _, result = poisoned(tmp_path / "r", {6}, seed=9, resume=True,
+                         on_nonfinite="skip")  # fmt: skip
+    assert result.step == 12 and result.skipped == 1
+
+
+def test_skip_goes_on_and_counts(tmp_path):
+    model, result = poisoned(tmp_path / "r", {3, 7}, on_nonfinite="skip")
+    assert result.skipped == 2 and result.step == 12
+    names = sorted(p.name for p in (tmp_path / "r/bad_batches").iterdir())
+    assert names[::2] == ["step-00000003.json", "step-00000007.json"]
+    skipped = [r.get("skipped", 0) for r in result.history if "lr" in r]
+    assert skipped == [0, 1, 1, 2, 2, 2]
+    assert all(r["loss"] is not None for r in result.history if "lr" in r)
+    assert all(p.isfinite().all() for p in model.parameters())
+    assert sum("was skipped" in note for note in result.notes) == 2
+    assert load_run(tmp_path / "r").history == result.history
+
+
+def test_too_many_skipped_steps_stop(tmp_path):
+    with pytest.raises(FloatingPointError, match="4 steps in a row"):
+        poisoned(tmp_path / "r", set(range(5, 99)), on_nonfinite="skip",
+                 max_skipped=3)  # fmt: skip
+    assert load_run(tmp_path / "r").step == 8  # three were skipped
+
+
+def test_skipped_step_changes_no_weight():
+    model = GPT(SHAPE, seed=0)
+    cfg = config(on_nonfinite="skip")
+    trainer = Trainer(model, Poison(model, {2}, cfg), cfg)
+    for _ in range(2):
+        trainer.train_step()
+    before = [p.clone() for p in model.parameters()]
+    loss, _ = trainer.train_step()
+    assert math.isnan(loss) and trainer.step == 3
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before))
+    trainer.train_step()
+    assert not torch.equal(model.tok_emb.weight, before[0])
+
+
+def test_float16_overflow_lowers_the_scale_and_keeps_the_weights():
+    cfg = config(dtype="float16", warmup_steps=0)
+    trainer = Trainer(GPT(SHAPE, seed=0), TOKENS, cfg)
+    trainer.scaler.current = 2.0**40
+    before = [p.clone() for p in trainer.model.parameters()]
+    loss, norm = trainer.train_step()
+    assert math.isfinite(loss) and not math.isfinite(norm)
+    assert trainer.scaler.get_scale() == 2.0**39 and trainer.skipped == 0
+    assert all(torch.equal(p, q)
+               for p, q in zip(trainer.model.parameters(), before))
+    trainer.scaler.current = 2.0**10
+    assert math.isfinite(trainer.train_step()[1])
+    assert not torch.equal(trainer.model.tok_emb.weight, before[0])
+
+
+def test_out_of_memory_says_what_to_change(tmp_path):
+    model, cfg = GPT(SHAPE, seed=0), config(batch_size=4)
+
+    def hook(module, inputs):
+        if trainer_steps and module.training:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to ...")
+
+    trainer_steps = []
+    model.norm.register_forward_pre_hook(hook)
+    with pytest.raises(RuntimeError, match="batch_size=2, grad_accum_steps=2"):
+        train(model, TOKENS, None, cfg, out_dir=tmp_path / "r",
+              progress=False, on_record=trainer_steps.append)  # fmt: skip
+    assert load_run(tmp_path / "r").step == 2  # what was done is saved
+
+
+# --- what a run tells ---
+
+
+def test_watch_measures_and_leaves_no_hook():
+    model = GPT(SHAPE, seed=0).eval()
+    x = torch.from_numpy(TOKENS[:64].astype("int64")).view(2, 32)
+    with watch(model) as seen:
+        logits = model(x)
+    block = stream_states(model, x)[1]
+    assert seen["blocks.0"]["std"] == pytest.approx(
+        block.std(correction=0).item(), rel=1e-5)
+    assert seen["lm_head"]["max"] == pytest.approx(
+        logits.abs().max().item(), rel=1e-5)
+    assert set(seen) == {"blocks.0", "blocks.1", "norm", "lm_head"} | {
+        f"blocks.{i}.{part}" for i in (0, 1)
+        for part in ("attn", "ffn", "ffn.hidden")}  # fmt: skip
+    with pytest.raises(RuntimeError), watch(model):
+        raise RuntimeError
+    assert not any(m._forward_hooks for m in model.modules())
+    plain = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.ReLU())
+    with watch(plain) as seen:
+        plain(torch.ones(2, 4))
+    assert list(seen) == ["0"]
+
+
+def test_dead_units_are_counted():
+    x = torch.zeros(5, 7, 10)
+    x[2, 3, :4] = torch.tensor([1.0, -2.0, 1e-5, 3.0])
+    mean, std, largest, dead = activation_summary(x).tolist()
+    assert dead == pytest.approx(0.7) and largest == 3.0
+    assert activation_summary(torch.zeros(2, 3))[3] == 1.0
+
+
+def test_statistics_are_right_and_change_nothing():
+    cfg = config(stats_every=3, log_every=3, grad_accum_steps=2)
+    model, result = run(cfg=cfg)
+    without, _ = run(cfg=config(grad_accum_steps=2))
+    assert same_weights(model, without)
+    steps, names, table = stats_table(result.history, "updates")
+    assert steps == [3, 6, 9, 12] and table.shape == (4, len(names))
+    assert names == [n for n, _ in model.named_parameters()]
+    ratios = [r["update_ratio"] for r in result.history if "loss" in r]
+    matrix = [p.dim() >= 2 for p in model.parameters()]
+    assert ratios == pytest.approx(np.median(table[:, matrix], axis=1))
+    with pytest.raises(ValueError, match="stats_every"):
+        stats_table([], "updates")
+    # One step by hand.
+    trainer = Trainer(GPT(SHAPE, seed=0), TOKENS, config(stats_every=1))
+    before = {n: p.clone() for n, p in trainer.model.named_parameters()}
+    _, norm = trainer.train_step()
+    record = trainer.statistics.record
+    square = sum(record["gradients"][n] ** 2 * p.numel()
+                 for n, p in before.items())  # fmt: skip
+    assert math.sqrt(square) == pytest.approx(norm, rel=1e-4)
+    p = trainer.model.blocks[0].ffn.up_proj.weight
+    name = "blocks.0.ffn.up_proj.weight"
+    change = (p - before[name]).square().mean().sqrt()
+    size = before[name].square().mean().sqrt()
+    assert record["updates"][name] == pytest.approx(
+        (change / size).item(), rel=1e-4)
+    assert record["weights"][name] == pytest.approx(size.item(), rel=1e-5)
+
+
+def test_clipped_share_and_mfu():
+    _, result = run(cfg=config(grad_clip=1e-3), peak_flops=1e12)
+    records = [r for r in result.history if "lr" in r]
+    assert all(r["clipped"] == 1.0 and 0 < r["mfu"] < 1 for r in records)
+    r = records[-1]
+    expected = r["tokens_per_s"] * flops_per_token(SHAPE) / 1e12
+    assert r["mfu"] == pytest.approx(expected)
+    _, result = run(cfg=config(grad_clip=math.inf))
+    for r in result.history:
+        assert "mfu" not in r and r.get("clipped", 0.0) == 0.0
+
+
+def test_known_peaks():
+    assert known_peak("NVIDIA H100 80GB HBM3", torch.bfloat16) == 989.5e12
+    assert known_peak("NVIDIA A100-SXM4-80GB", torch.bfloat16) == 312e12
+    assert known_peak("Tesla T4", torch.float16) == 65e12
+    assert known_peak("Tesla T4", torch.float32) is None
+    assert known_peak("NVIDIA H100 PCIe", torch.bfloat16) is None
+    assert known_peak("Unheard of", torch.bfloat16) is None
+
+
+def test_samples_are_written_and_disturb_nothing():
+    model, result = run(cfg=config(sample_every=6))
+    texts = [r["sample"] for r in result.history if "sample" in r]
+    assert len(texts) == 2 and all(isinstance(t, str) for t in texts)
+    without, _ = run()
+    assert same_weights(model, without)
+    with pytest.raises(ValueError, match="sample_every=6 needs a tokenizer"):
+        run(cfg=config(sample_every=6), tokenizer=None)
+
+
+class FakeWriter:
+    made = []
+
+    def __init__(self, folder, purge_step=None):
+        self.folder, self.purge_step = folder, purge_step
+        self.scalars, self.texts, self.closed = {}, {}, False
+        FakeWriter.made.append(self)
+
+    def add_scalar(self, name, value, step):
+        self.scalars[name, step] = value
+
+    def add_text(self, name, text, step):
+        self.texts[step] = text
+
+    def close(self):
+        self.closed = True
+
+
+def test_tensorboard(tmp_path, monkeypatch):
+    FakeWriter.made.clear()
+    fake = types.ModuleType("torch.utils.tensorboard")
+    fake.SummaryWriter = FakeWriter
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", fake)
+    cfg = config(log_to="tensorboard", sample_every=6, stats_every=6)
+    run(tmp_path / "r", cfg=cfg, stop_at=8)
+    _, result = run(tmp_path / "r", cfg=cfg, resume=True)
+    first, second = FakeWriter.made
+    assert first.purge_step == 1 and second.purge_step == 9
+    assert first.closed and second.closed and set(first.texts) == {6}
+    seen = first.scalars | second.scalars
+    for r in result.history:
+        for key in r.keys() & {"loss", "val_loss", "grad_norm"}:
+            assert seen[key, r["step"]] == r[key]
+    assert ("stats/activations/blocks.0/std", 6) in seen
+
+
+def test_wandb(tmp_path, monkeypatch):
+    calls, logged = [], []
+
+    class FakeRun:
+        def log(self, values, step):
+            logged.append((step, values))
+            if step == 10:
+                raise ConnectionError("no network")
+
+        def finish(self):
+            calls.append("finish")
+
+    fake = types.ModuleType("wandb")
+    fake.init = lambda **options: (calls.append(options), FakeRun())[1]
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    cfg = config(log_to="wandb")
+    run(tmp_path / "r", cfg=cfg, stop_at=4)
+    with pytest.warns(UserWarning, match="no network"):
+        _, result = run(tmp_path / "r", cfg=cfg, resume=True)
+    assert result.step == 12  # a broken network does not stop a run
+    a, end, b = calls[:3]
+    assert end == "finish" and a["id"] == b["id"] and a["name"] == "r"
+    assert a["config"]["training"]["lr"] == cfg.lr
+    assert [s for s, v in logged if "loss" in v][:2] == [2, 4]
+
+
+@pytest.mark.parametrize("name", ["tensorboard", "wandb"])
+def test_missing_loggers(tmp_path, monkeypatch, name):
+    module = {"tensorboard": "torch.utils.tensorboard"}.get(name, name)
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(ValueError, match=f"pip install {name}"):
+        run(tmp_path / "r", cfg=config(log_to=name))
+    with pytest.raises(ValueError, match="needs a run's directory"):
+        run(cfg=config(log_to=name))
+
+
+def test_result_and_run_say_where_and_why(tmp_path):
+    _, result = run(tmp_path / "r")
+    assert result.device == "cpu" and result.dtype == "float32"
+    assert "cpu" in result.choice and result.choice in result.notes[0]
+    machine = json.loads((tmp_path / "r/run.json").read_text())["machine"]
+    assert machine["choice"] == result.choice
+    assert sum(result.parts.values()) <= result.seconds
+    assert result.parts["forward"] > 0
+
+
+def test_best_checkpoint_is_kept(tmp_path):
+    cfg = config(max_steps=24, lr=3e-2, warmup_steps=0, schedule="constant",
+                 keep_checkpoints=1, eval_every=3, checkpoint_every=6)
+    worse = {9, 12, 15, 18, 21, 24}
+
+    def spoil(record):  # the model gets worse after step 6
+        if record["step"] == 6 and "loss" in record:
+            trained.norm.weight.data.mul_(-1.0)
+        return record
+
+    trained = GPT(SHAPE, seed=0)
+    result = train(trained, TOKENS, HELD_OUT, cfg, out_dir=tmp_path / "r",
+                   tokenizer=TOKENIZER, progress=False, on_record=spoil)
+    values = {r["step"]: r["val_loss"] for r in result.history
+              if "val_loss" in r and r["step"]}  # fmt: skip
+    best = min(values, key=values.get)
+    assert result.best_step == best
+    names = {p.name for p in (tmp_path / "r/checkpoints").glob("step-*")}
+    assert names == {f"step-{best:08d}", "step-00000024"} and worse
+    assert load_run(tmp_path / "r", best=True).step == best
+    assert load_run(tmp_path / "r").step == 24
+
+
+def test_evaluation_on_training_text():
+    _, result = run()
+    asked = [r for r in result.history if "train_eval_loss" in r]
+    assert [r["step"] for r in asked] == [12]
+    _, result = run(cfg=config(stats_every=12))
+    asked = [r for r in result.history if "train_eval_loss" in r]
+    assert [r["step"] for r in asked] == [0, 4, 8, 12]
+
+
+# --- loaders and generators ---
+
+
+def test_make_loader_takes_what_loading_gives(tmp_path):
+    eot = TOKENIZER.end_of_text
+    windows = make_loader(torch.from_numpy(TOKENS.astype("int64")), config(),
+                          32)
+    again = make_loader(TOKENS, config(), 32)
+    assert torch.equal(next(windows).tokens, next(again).tokens)
+    documents = make_loader(TOKENS, config(align="documents"), 32, eot)
+    assert (documents.mode, documents.bucket) == ("sequential", 16)
+    tokenize_to_shards(DOCS[:360], TOKENIZER, tmp_path / "shards")
+    shards = make_loader(Shards(tmp_path / "shards"),
+                         config(align="documents"), 32)  # fmt: skip
+    assert shards.end_of_text == eot
+    assert torch.equal(next(shards).tokens, next(documents).tokens)
+    with pytest.raises(ValueError, match="needs a tokenizer"):
+        make_loader(TOKENS, config(align="documents"), 32)
+    loader = TokenLoader(TOKENS, 8, 32)
+    with pytest.raises(ValueError, match="8 rows and batch_size is 4"):
+        make_loader(loader, config(), 32)
+    mixture = Mixture({"a": loader}, {"a": 1})
+    with pytest.raises(ValueError, match="8 rows"):
+        make_loader(mixture, config(), 32)
+    assert make_loader(mixture, config(batch_size=8), 32) is mixture
+
+
+@given(st.integers(0, 2**32 - 1), st.booleans())
+@settings(max_examples=20, deadline=None)
+def test_random_state_round_trip(seed, odd):
+    """All generators come back, also in the middle of a pair of normals."""
+    cpu = torch.device("cpu")
+    with seeded(seed, cpu):
+        if odd:
+            random.gauss(0, 1)
+            np.random.normal()
+        state = RandomState.capture(cpu)
+        draws = [torch.rand(3).tolist(), random.gauss(0, 1), random.random(),
+                 np.random.normal(), np.random.rand()]  # fmt: skip
+        back = rng_from_tensors(rng_tensors(state))
+        for s in (state, back):
+            s.restore(cpu)
+            assert draws == [
+                torch.rand(3).tolist(), random.gauss(0, 1), random.random(),
+                np.random.normal(), np.random.rand()]  # fmt: skip
+
+
+def test_train_leaves_every_global_generator_alone():
+    before = (random.getstate(), np.random.get_state()[1].tolist())
+    run()
+    assert before == (random.getstate(), np.random.get_state()[1].tolist())
+
+
+def test_overhead_is_accounted_for():
+    cfg = config(max_steps=12, batch_size=8)
+    seconds = loop_overhead(GPT(SHAPE, seed=0), TOKENS, cfg,
+                            tokenizer=TOKENIZER)  # fmt: skip
+    assert set(seconds) == {"data", "forward", "backward", "clip",
+                            "optimizer", "rest"}  # fmt: skip
+    assert all(v >= 0 for v in seconds.values())
+    with pytest.raises(ValueError, match="at least 3"):
+        loop_overhead(GPT(SHAPE), TOKENS, config(max_steps=2))
+
+
+def test_checkpointing_needs_a_gpt():
+    layer = torch.nn.Linear(2, 2)
+    set_checkpointing(layer, False)
+    with pytest.raises(ValueError, match="cannot recompute"):
+        set_checkpointing(layer, True)
+
+
+def test_compiled_model_is_used_for_steps(monkeypatch):
+    import minillm.train as module
+
+    calls = []
+
+    def compiled(model):
+        return lambda x: (calls.append(len(x)), model(x))[1]
+
+    monkeypatch.setattr(module, "compiled", compiled)
+    model, result = run(cfg=config(compile=True, stats_every=6))
+    assert len(calls) == 10  # two of twelve steps are watched
+    plain_model, _ = run()
+    assert same_weights(model, plain_model)
+
+
 # --- the shared model ---
 
 SHARED = """
 import json, sys
-from minillm.train import Recipe, TrainConfig, tales_model
+from minillm.pretrain import TrainConfig
+from minillm.train import Recipe, tales_model
 from minillm.transformer import GPTConfig
 recipe = Recipe(
     GPTConfig(vocab_size=300, context_length=64, d_model=16, n_layers=1,
@@ -734,7 +872,7 @@ def test_shared_model_is_resumed_and_retrained(tmp_path, monkeypatch):
     # A damaged cache is repaired; another recipe gets its own place.
     for path in first.run_dir.glob("checkpoints/*/model.safetensors"):
         path.write_bytes(b"damaged")
-    with pytest.warns(UserWarning, match="skipped"):
+    with pytest.warns(UserWarning, match="made anew"):
         repaired = tales_model(recipe=recipe)
     assert same_weights(repaired.model, first.model)
     recipe.training.lr = 2e-3
@@ -746,3 +884,42 @@ def test_recipes_are_consistent():
         assert recipe.training.align == "documents"
         assert recipe.tokenizer_bytes <= recipe.corpus_bytes
     assert tales_recipe().training.device == "cpu"
+
+
+def test_cache_key_names_every_module_that_matters():
+    """What train imports decides the shared model, but for a few."""
+    import minillm
+
+    root = Path(minillm.__file__).parent
+    seen, todo = set(), ["train"]
+    while todo:
+        name = todo.pop()
+        if name in seen or not (root / f"{name}.py").is_file():
+            continue
+        seen.add(name)
+        tree = ast.parse((root / f"{name}.py").read_text(encoding="utf-8"))
+        for node in tree.body:  # imports of the whole module only
+            if isinstance(node, ast.ImportFrom):
+                whole = f"{'minillm.' * node.level}{node.module or ''}"
+                if whole.startswith("minillm."):
+                    todo.append(whole.removeprefix("minillm."))
+    harmless = {"accounting", "depth", "files", "flash"}
+    assert seen - harmless == set(KEY_MODULES)
+
+
+def test_cache_key_is_of_these_modules(tmp_path, monkeypatch):
+    """The list is what `tales_model` hashes, and not another one."""
+    monkeypatch.setenv("MINILLM_CACHE", str(tmp_path))
+    asked = []
+
+    class Enough(Exception):
+        pass
+
+    def source_hash(*modules, extra=""):
+        asked.extend(modules)
+        raise Enough
+
+    monkeypatch.setattr("minillm.train.source_hash", source_hash)
+    with pytest.raises(Enough):
+        tales_model()
+    assert asked == [f"minillm.{m}" for m in KEY_MODULES]
