@@ -861,7 +861,7 @@ def data_fingerprint(
             digest.update(ids.astype("<i8").tobytes())
     return f"{n}-{digest.hexdigest()[:16]}"
 
-# %% ../nbs/loading.ipynb #bf0ecbf9
+# %% ../nbs/loading.ipynb #883bcddc
 class TokenLoader:
     """Give batches without end, from a place that can be saved.
 
@@ -1018,12 +1018,13 @@ class TokenLoader:
         rows: list[list[tuple[int, int]]],  # from `take_rows`
     ) -> np.ndarray:  # (4, B, T): a Batch's fields, in order
         """Read rows from the text, and nothing else of it."""
-        from minillm.train import IGNORE_INDEX
+        from minillm.pretrain import IGNORE_INDEX
 
         widths = [sum(n for _, n in row) for row in rows]
         width = max(widths) if self.bucket else self.context_length
         out = np.zeros((4, len(rows), width), np.int64)
         out[0], out[1], out[3] = self.end_of_text or 0, IGNORE_INDEX, -1
+        end = -1 if self.end_of_text is None else self.end_of_text
         for b, row in enumerate(rows):
             at = 0
             for start, n in row:
@@ -1032,7 +1033,7 @@ class TokenLoader:
                     ids = np.append(self.end_of_text, ids)
                 here = out[:, b, at : at + n]
                 here[0], here[1] = ids[:-1], ids[1:]
-                new = here[0] == self.end_of_text
+                new = here[0] == end
                 new[0] = True  # a piece is a document for its row
                 here[3] = np.cumsum(new) + (out[3, b, at - 1] if at else -1)
                 places = np.arange(n)

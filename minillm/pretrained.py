@@ -4,14 +4,15 @@
 
 # %% auto #0
 __all__ = ['GPT2_LAYOUT', 'LLAMA_LAYOUT', 'ACTIVATIONS', 'GPT2_FIELDS', 'LLAMA_FIELDS', 'DEFAULTS', 'FAMILIES', 'Layout',
-           'locate', 'to_theirs', 'to_ours', 'family_of', 'to_their_config', 'refuse', 'rope_of', 'from_their_config',
-           'layout_of', 'find_model', 'read_weights', 'settle', 'load_pretrained', 'save_pretrained', 'free_directory',
-           'put_in_place', 'zero_biases', 'write_tokenizer']
+           'locate', 'to_theirs', 'to_ours', 'family_of', 'to_their_config', 'refuse', 'rope_of', 'warn_of_dropouts',
+           'from_their_config', 'layout_of', 'find_model', 'read_weights', 'settle', 'load_pretrained',
+           'save_pretrained', 'free_directory', 'put_in_place', 'zero_biases', 'write_tokenizer']
 
-# %% ../nbs/pretrained.ipynb #167b42a7
+# %% ../nbs/pretrained.ipynb #14729fe5
 import errno
 import shutil
 import tempfile
+import warnings
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
@@ -24,7 +25,7 @@ from torch import Tensor
 
 from .files import atomic_path, read_json, write_json
 from .tokenizer import BPETokenizer, huggingface_json
-from .train import read_tensors
+from .checkpoint import read_tensors
 from .transformer import GPT, GPTConfig
 
 # %% ../nbs/pretrained.ipynb #38c5374e
@@ -146,7 +147,7 @@ def to_ours(
         )
     return ours
 
-# %% ../nbs/pretrained.ipynb #378a2cd9
+# %% ../nbs/pretrained.ipynb #fdcdb94d
 ACTIVATIONS = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh",
                "gelu": "gelu", "relu": "relu", "silu": "silu", "swish": "silu"}
 GPT2_FIELDS = {"vocab_size": "vocab_size", "n_positions": "context_length",
@@ -162,6 +163,7 @@ _LLAMA = {"rms_norm_eps": 1e-6, "num_key_value_heads": None,
           "tie_word_embeddings": False}
 DEFAULTS = {  # what transformers takes for a key that is left out
     "gpt2": {"n_inner": None, "layer_norm_epsilon": 1e-5, "resid_pdrop": 0.1,
+             "embd_pdrop": 0.1, "attn_pdrop": 0.1,
              "activation_function": "gelu_new", "tie_word_embeddings": True},
     "llama": _LLAMA | {"attention_bias": False, "mlp_bias": False},
     "mistral": _LLAMA | {"num_key_value_heads": 8, "sliding_window": 4096},
@@ -239,7 +241,7 @@ def to_their_config(
         config["sliding_window"] = cfg.sliding_window
     return config
 
-# %% ../nbs/pretrained.ipynb #aafa2cbb
+# %% ../nbs/pretrained.ipynb #e3b71f8b
 def refuse(
     config: Mapping[str, Any],  # the content of a config.json
     **allowed: tuple,  # key: the values that our model has, first the usual
@@ -265,7 +267,23 @@ def rope_of(
     return {"rope_theta": theta,
             "rope_scaling": None if kind == "default" else rope}
 
-# %% ../nbs/pretrained.ipynb #744c10d9
+
+def warn_of_dropouts(
+    config: Mapping[str, Any],  # the content of a config.json
+    dropout: float,  # what our model takes from it
+) -> None:
+    """Warn of a config with other dropouts elsewhere: GPT has only one."""
+    config = {**DEFAULTS[config["model_type"]], **config}
+    places = ("resid_pdrop", "embd_pdrop", "attn_pdrop", "attention_dropout")
+    others = {key: config[key] for key in places
+              if config.get(key, dropout) != dropout}
+    if others:
+        warnings.warn(
+            f"{others} in the config.json, and GPT has one dropout for all "
+            f"places, now {dropout}; it acts in training only: pass "
+            "dropout=... to choose it", stacklevel=3)
+
+# %% ../nbs/pretrained.ipynb #72a26d61
 def from_their_config(
     config: Mapping[str, Any],  # the content of a config.json
 ) -> GPTConfig:
@@ -304,6 +322,12 @@ def from_their_config(
     if family == "qwen3":
         refuse(config, attention_bias=(False,), use_sliding_window=(False,))
     window = config["sliding_window"] if family == "mistral" else None
+    if family == "llama" and config.get("sliding_window") is not None:
+        raise ValueError(
+            f"sliding_window={config['sliding_window']!r} in the config.json "
+            "of a llama, which has none; if the weights were trained with "
+            "it, write model_type='mistral', else delete it"
+        )
     cfg = GPTConfig(
         **values, **rope_of(config), norm="rms", positions="rope",
         activation="swiglu", bias=bias, qk_norm=family == "qwen3",
@@ -417,7 +441,7 @@ def settle(
             cfg = replace(cfg, bias=True)
     return weights, cfg
 
-# %% ../nbs/pretrained.ipynb #fce765eb
+# %% ../nbs/pretrained.ipynb #b2e4897e
 def load_pretrained(
     source: str | Path,  # a directory, or a name on the hub such as "gpt2"
     *,
@@ -435,6 +459,8 @@ def load_pretrained(
     directory = find_model(source, revision)
     config = read_json(directory / "config.json")
     cfg = GPTConfig.from_dict(asdict(from_their_config(config)) | changes)
+    if "dropout" not in changes:
+        warn_of_dropouts(config, cfg.dropout)
     layout = layout_of(config["model_type"])
     weights, cfg = settle(read_weights(directory), cfg, layout, changes)
     with torch.device("meta"):

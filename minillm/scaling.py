@@ -9,7 +9,7 @@ __all__ = ['synchronize', 'time_calls', 'Ceiling', 'machine_name', 'measure_ceil
            'build_job', 'data_parallel_worker', 'run_data_parallel', 'run_workers', 'explain_failure',
            'ring_all_reduce', 'pipeline_bubble', 'simulate_pipeline']
 
-# %% ../nbs/scaling.ipynb #c695c965
+# %% ../nbs/scaling.ipynb #6b5becc6
 import math
 import os
 import platform
@@ -32,8 +32,9 @@ from .accounting import flop_breakdown, flops_per_token
 from .files import read_json, write_json
 from .kvcache import CausalSelfAttention
 from .layers import FeedForward, LayerNorm, RMSNorm
-from .train import TrainConfig, autocast, cross_entropy
-from .train import make_optimizer, pick_device, pick_dtype
+from .pretrain import TrainConfig, autocast, cross_entropy
+from .optim import make_optimizer
+from .precision import pick_device, pick_dtype
 from .transformer import GPT, GPTConfig, count_parameters
 
 # %% ../nbs/scaling.ipynb #e5c75541
@@ -474,7 +475,7 @@ def format_benchmark(
     return "\n".join(
         [*lines, "", f"{bench.bottleneck} bound: {why};", f"  {gap}"])
 
-# %% ../nbs/scaling.ipynb #5a57d5ca
+# %% ../nbs/scaling.ipynb #7b20e5d4
 def chinchilla_tokens(
     n_params: int,  # N, number of weights
     tokens_per_parameter: float = 20.0,  # the rule of Hoffmann et al.
@@ -518,6 +519,8 @@ def accelerators() -> tuple[Accelerator, ...]:  # oldest first
         Accelerator("RTX 4090", "bfloat16", 165.2e12, 1008e9, 24e9, ada),
         Accelerator("H100 SXM", "bfloat16", 989.5e12, 3350e9, 80e9,
                     site + "data-center/h100/"),
+        Accelerator("H200 SXM", "bfloat16", 989.5e12, 4800e9, 141e9,
+                    site + "data-center/h200/"),
     )
 
 # %% ../nbs/scaling.ipynb #9fea74a1

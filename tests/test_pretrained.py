@@ -34,6 +34,7 @@ from minillm.pretrained import (
     to_ours,
     to_their_config,
     to_theirs,
+    warn_of_dropouts,
 )
 from minillm.tokenizer import train_bpe
 from minillm.transformer import GPT, GPTConfig, preset_fields
@@ -477,6 +478,33 @@ def test_llama_configs_that_gpt_is_not():
     for wrong in ([], "gpt2", None, 3):
         with pytest.raises(ValueError, match="model_type"):
             from_their_config(wrong)
+
+
+def test_a_window_is_refused_where_llama_has_none():
+    config = to_their_config(OWN[3])
+    with pytest.raises(ValueError, match="sliding_window=8.*mistral"):
+        from_their_config(config | {"sliding_window": 8})
+    same = {"sliding_window": None, "pretraining_tp": 4}  # slices: equal sums
+    assert from_their_config(config | same) == from_their_config(config)
+
+
+def test_one_dropout_for_three_is_said(tmp_path):
+    save_pretrained(GPT(OWN[0], seed=0), tmp_path / "m")
+    path = tmp_path / "m" / "config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    for key in ("embd_pdrop", "attn_pdrop"):
+        path.write_text(json.dumps(config | {key: 0.25}), encoding="utf-8")
+        with pytest.warns(UserWarning, match=f"{key}.*0.25.*dropout=") as w:
+            load_pretrained(tmp_path / "m")
+        assert len(w) == 1 and w[0].filename == __file__
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")  # who chooses is not warned
+            model = load_pretrained(tmp_path / "m", dropout=0.0)
+        assert model.cfg.dropout == 0.0
+    few = {k: v for k, v in config.items() if not k.endswith("pdrop")}
+    few |= {"resid_pdrop": 0.0}  # the others' default is 0.1
+    with pytest.warns(UserWarning, match="embd_pdrop.*attn_pdrop.* 0.0;"):
+        warn_of_dropouts(few, 0.0)
 
 
 @pytest.mark.parametrize("changes,said", [

@@ -339,6 +339,14 @@ def test_no_stray_files_are_tracked():
             assert path.stat().st_size < 1_000_000, f"{path} is over 1 MB"
 
 
+def test_notebook_times_are_of_these_notebooks():
+    path = ROOT / "nbs" / "results" / "notebook_times.json"
+    times = json.loads(path.read_text(encoding="utf-8"))["seconds"]
+    there = {n.removeprefix("nbs/").removesuffix(".ipynb") for n in NAMES}
+    assert times.keys() == there, "run tools/measure_notebooks.py again"
+    assert all(0 < t < 90 for t in times.values())
+
+
 def test_toc_lists_every_notebook():
     toc = (ROOT / "_toc.yml").read_text(encoding="utf-8")
     listed = set(re.findall(r"(?:root|file): *(\S+)", toc))

@@ -10,6 +10,7 @@ from tensors import TINY
 
 from minillm import scaling
 from minillm.accounting import flops_per_token
+from minillm.pretrain import cross_entropy
 from minillm.scaling import (
     Ceiling,
     PartTimer,
@@ -29,7 +30,6 @@ from minillm.scaling import (
     time_calls,
     training_cost,
 )
-from minillm.train import cross_entropy
 from minillm.transformer import GPT, count_parameters
 
 CONFIGS = [

@@ -124,7 +124,7 @@ def rounds(paths: list[Path], workers: int) -> list[tuple[int, list[Path]]]:
     shared = [p for p in paths if p not in alone]
     users = [p for p in shared if "tales_model(" in text[p]]
     others = [p for p in shared if p not in users]
-    users.sort(key=lambda p: p.stem != "pretraining")
+    users.sort(key=lambda p: p.stem != "trainer")
     plan = [(workers, [*users[:1], *others, *users[1:]]), (1, alone)]
     return [(count, group) for count, group in plan if group]
 
