@@ -413,7 +413,8 @@ def test_a_loss_above_a_guess_is_never_a_low_rate(n):
     loss = [677.0 - 5 * i for i in range(n)]
     records = [{"step": 0, "val_loss": 6.24}] + [
         {"step": 10 * (i + 1), "tokens": 1000 * i, "loss": x,
-         "grad_norm": 3.0, "lr": 10.0} for i, x in enumerate(loss)]  # fmt: skip
+         "grad_norm": 3.0, "lr": 10.0}
+        for i, x in enumerate(loss)]  # fmt: skip
     head = {"model": {"vocab_size": 512}, "training": {"max_steps": 10 * n}}
     assert names(diagnose((head, records)))[:1] == ["rate too high"]
 
